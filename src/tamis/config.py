@@ -1,0 +1,272 @@
+"""Settings of a bilevel run: `BilevelConfig`, an `SFTConfig` with a few more fields."""
+
+import logging
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from typing import Any, Literal
+
+from trl import SFTConfig
+
+from tamis.selectors import DEFAULT_LEARNING_RATE
+
+logger = logging.getLogger(__name__)
+
+# Gentle, so that the model learns what the validation rows want and keeps what it knew: on SIGMORPHON the full rate
+# ranked rows with AUROC 0.84, a sixth of it with 0.91 (LOG.md).
+_SCOUT_LEARNING_RATE_RATIO = 0.15
+_STATIC_SELECTORS = ("column", "none")
+
+
+class Resolved:
+    """Settings after what was left open has been filled in: attributes, and `announcements`, one line each."""
+
+    score_map: str
+    selector_learning_rate: float | None
+    scout_ratio: float
+    scout_learning_rate: float
+    rho_start: float
+    per_device_validation_batch_size: int
+
+    def __init__(self) -> None:
+        self.announcements: list[str] = []
+
+    def set(self, name: str, given: Any, default: Any, reason: str) -> None:
+        """Take the given value, or else the default."""
+        setattr(self, name, default if given is None else given)
+        if getattr(self, name) is not None:
+            self.announcements.append(f"{name} = {getattr(self, name)} ({reason if given is None else 'as given'})")
+
+
+@dataclass
+class BilevelConfig(SFTConfig):
+    r"""
+    Configuration of [`BilevelTrainer`]: everything of [`~trl.SFTConfig`], and the fields below.
+
+    Parameters:
+        > Parameters that control the selection
+
+        selector (`str`, *optional*, defaults to `"mirror"`):
+            How losses become row weights: `"mirror"`, `"softmax"` and `"sigmoid"` (the published Adam-on-logits rules),
+            `"bmo"` (closed form), `"column"` (a static `weight` column, no validation dataset needed) or `"none"`
+            (direct mixing).
+        score_map (`str`, *optional*, defaults to `"bounded"`):
+            How scores become weights: `"bounded"` (sigmoid: a row can lose its say but not take everyone's) or
+            `"softmax"`. Only `"mirror"` and `"bmo"` have the choice.
+        selector_learning_rate (`float`, *optional*):
+            Step size of the scores: logits per standard deviation of the excess loss for `"mirror"` (default 2.5),
+            logits for `"softmax"` and `"sigmoid"` (default 0.1).
+        bmo_temperature (`float`, *optional*, defaults to `0.5`):
+            Temperature of `"bmo"` in nats per token; smaller is sharper.
+        reference (`str`, *optional*, defaults to `"base"`):
+            What the loss of a row is compared with: `"zero"`, `"base"` (the model before training) or `"tracked"` (a
+            model that follows the training rows alone).
+        scout_ratio (`float`, *optional*):
+            Steps of scouting before training, as a part of the training steps: the model descends the validation loss
+            alone, judges every training row before it was trained on any, and is put back. The scores are settled by
+            it. 0: the scores follow the training steps instead. Defaults to 0.25 for `"mirror"` with references
+            `"zero"` and `"base"`, else 0.
+        scout_learning_rate (`float`, *optional*):
+            Learning rate of those steps. Defaults to 0.15 times `learning_rate`.
+        reference_learning_rate (`float`, *optional*):
+            Constant learning rate of the reference `"tracked"`. When not set it follows the schedule of the model.
+
+        > Parameters that control the two levels
+
+        rho (`float`, *optional*, defaults to `0.5`):
+            Share of the validation loss in the objective, in [0, 1].
+        rho_start (`float`, *optional*):
+            Share at the first step, from where it goes linearly to `rho`. Constant when not set.
+        rho_decay_ratio (`float`, *optional*, defaults to `1.0`):
+            Part of the training steps over which `rho_start` decays to `rho`.
+        per_device_validation_batch_size (`int`, *optional*):
+            Validation rows per device and micro-batch, beside `per_device_train_batch_size` training rows. The same
+            number when not set.
+        loss_reduction (`str`, *optional*, defaults to `"example"`):
+            `"example"`: every row counts the same. `"token"`: every token does, as in `SFTTrainer`.
+    """
+
+    selector: Literal["mirror", "softmax", "sigmoid", "bmo", "column", "none"] = field(
+        default="mirror",
+        metadata={
+            "help": "How losses become row weights: 'mirror', 'softmax' and 'sigmoid' (the published Adam-on-logits "
+            "rules), 'bmo' (closed form), 'column' (a static weight column, no validation dataset needed) or 'none' "
+            "(direct mixing)."
+        },
+    )
+    score_map: Literal["bounded", "softmax"] | None = field(
+        default=None,
+        metadata={
+            "help": "How scores become weights, for selectors 'mirror' and 'bmo': 'bounded' (the default: a row can "
+            "lose its say but not take everyone's) or 'softmax'."
+        },
+    )
+    selector_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Step size of the scores: logits per standard deviation of the excess loss for 'mirror' (default "
+            "2.5), logits for 'softmax' and 'sigmoid' (default 0.1)."
+        },
+    )
+    bmo_temperature: float = field(
+        default=0.5, metadata={"help": "Temperature of the selector 'bmo', in nats per token; smaller is sharper."}
+    )
+    reference: Literal["zero", "base", "tracked"] = field(
+        default="base",
+        metadata={
+            "help": "What the loss of a row is compared with: 'zero', 'base' (the model before training) or 'tracked' "
+            "(a model that follows the training rows alone)."
+        },
+    )
+    scout_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Steps of scouting before training, as a part of the training steps: the model descends the "
+            "validation loss alone, judges every training row, and is put back. 0: scores follow the training steps "
+            "instead. Default: 0.25 for 'mirror' with references 'zero' and 'base', else 0."
+        },
+    )
+    scout_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the scouting steps. Default: 0.15 times --learning_rate."}
+    )
+    rho: float = field(default=0.5, metadata={"help": "Share of the validation loss in the objective, in [0, 1]."})
+    rho_start: float | None = field(
+        default=None,
+        metadata={"help": "Share at the first step, from where it goes linearly to --rho. Constant when not set."},
+    )
+    rho_decay_ratio: float = field(
+        default=1.0, metadata={"help": "Part of the training steps over which --rho_start decays to --rho."}
+    )
+    per_device_validation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Validation rows per device and micro-batch, beside --per_device_train_batch_size training rows. "
+            "The same number when not set."
+        },
+    )
+    loss_reduction: Literal["example", "token"] = field(
+        default="example",
+        metadata={"help": "'example': every row counts the same. 'token': every token does, as in SFTTrainer."},
+    )
+    reference_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Constant learning rate of the reference 'tracked'. When not set it follows the model's schedule."
+        },
+    )
+
+    def resolve(self) -> "Resolved":
+        """Fill in what was left open, each with the reason."""
+        resolved = Resolved()
+        scouts = self.selector == "mirror" and self.reference != "tracked"
+        resolved.set("score_map", self.score_map, "bounded", "a row can lose its say but not take everyone's")
+        resolved.set(
+            "selector_learning_rate",
+            self.selector_learning_rate,
+            DEFAULT_LEARNING_RATE.get(self.selector),
+            f"default of selector '{self.selector}'",
+        )
+        resolved.set(
+            "scout_ratio",
+            self.scout_ratio,
+            0.25 if scouts else 0.0,
+            "rows are judged before they are trained on" if scouts else "scores follow the training steps",
+        )
+        resolved.set(
+            "scout_learning_rate",
+            self.scout_learning_rate,
+            _SCOUT_LEARNING_RATE_RATIO * self.learning_rate,
+            f"{_SCOUT_LEARNING_RATE_RATIO} * learning_rate, gentle to keep what the model knows",
+        )
+        resolved.set("rho_start", self.rho_start, self.rho, "constant rho")
+        resolved.set(
+            "per_device_validation_batch_size",
+            self.per_device_validation_batch_size,
+            self.per_device_train_batch_size,
+            "as many as training rows",
+        )
+        return resolved
+
+    def __post_init__(self) -> None:
+        # What was given, before the parent classes resolve fields of their own: this is what a replay needs.
+        defaults = {
+            f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(self)
+        }
+        given = {n: getattr(self, n) for n in defaults}
+        given = {n: v.value if isinstance(v, Enum) else v for n, v in given.items()}
+        given = {n: v for n, v in given.items() if v != defaults[n] and "token" not in n}
+        self.given_settings = {n: v for n, v in given.items() if isinstance(v, bool | int | float | str | list | dict)}
+        super().__post_init__()
+
+    @property
+    def uses_validation(self) -> bool:
+        """Whether validation rows take any part in the run."""
+        return max(self.rho, self.rho_start or 0.0) > 0
+
+    def check(self, *, has_validation: bool, has_weight: bool) -> None:
+        """Refuse what cannot work and warn of what has no effect, before any model is loaded.
+
+        Raises:
+            ValueError: with the field and the remedy.
+        """
+        self._refuse_bad_values()
+        self._refuse_what_sft_offers()
+        if self.selector not in _STATIC_SELECTORS and not has_validation:
+            raise ValueError(
+                f"selector '{self.selector}' needs trusted rows: give --validation_dataset, or choose --selector "
+                "column (weights from a column) or --selector none (every row counts the same)"
+            )
+        if self.uses_validation and not has_validation:
+            raise ValueError(
+                f"rho={self.rho} weighs the validation rows, but --validation_dataset is missing; or set --rho 0"
+            )
+        if self.scout_ratio and (self.selector not in ("mirror", "bmo") or self.reference == "tracked"):
+            raise ValueError(
+                "scouting settles the scores before training, so it needs selector 'mirror' or 'bmo' and reference "
+                "'zero' or 'base': leave --scout_ratio out"
+            )
+        if self.selector == "column" and not has_weight:
+            raise ValueError(
+                "selector 'column' reads a column 'weight' of the training rows: name it by --weight_column"
+            )
+        self._warn_of_settings_without_effect(has_validation)
+
+    def _refuse_bad_values(self) -> None:
+        for name, value in (
+            ("rho", self.rho),
+            ("rho_start", self.rho_start),
+            ("rho_decay_ratio", self.rho_decay_ratio),
+        ):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if self.selector_learning_rate is not None and not self.selector_learning_rate > 0:
+            raise ValueError(f"selector_learning_rate must be positive, got {self.selector_learning_rate}")
+        if not self.bmo_temperature > 0:
+            raise ValueError(f"bmo_temperature must be positive, got {self.bmo_temperature}")
+
+    def _refuse_what_sft_offers(self) -> None:
+        if self.packing or self.eval_packing:
+            raise ValueError("packing joins rows, and a joined row has no weight of its own: set --packing false")
+        if self.padding_free:
+            raise ValueError("padding_free joins the rows of a batch, and the losses of rows are needed: leave it off")
+        if self.loss_type not in ("nll", "chunked_nll"):
+            raise ValueError(f"loss_type '{self.loss_type}' has no per-row log-likelihood: use --loss_type nll")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor changes what a row's loss means: set it to 0")
+        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
+            raise ValueError("skip_prepare_dataset is not supported: rows are numbered while they are prepared")
+
+    def _warn_of_settings_without_effect(self, has_validation: bool) -> None:
+        without_effect = {
+            "score_map": self.score_map is not None and self.selector not in ("mirror", "bmo"),
+            "selector_learning_rate": self.selector_learning_rate is not None
+            and self.selector not in DEFAULT_LEARNING_RATE,
+            "bmo_temperature": self.bmo_temperature != 0.5 and self.selector != "bmo",
+            "reference": self.reference != "base" and self.selector in _STATIC_SELECTORS,
+            "scout_learning_rate": self.scout_learning_rate is not None and not self.scout_ratio,
+            "reference_learning_rate": self.reference_learning_rate is not None and self.reference != "tracked",
+            "rho_decay_ratio": self.rho_decay_ratio != 1.0 and self.rho_start is None,
+            "validation_dataset": has_validation and not self.uses_validation,
+        }
+        for name, unused in without_effect.items():
+            if unused:
+                logger.warning(f"{name} is set but has no effect with selector '{self.selector}', rho {self.rho}")

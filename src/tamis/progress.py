@@ -1,0 +1,45 @@
+"""A progress bar on stderr that shows what a bilevel run is judged by, instead of dictionaries on stdout."""
+
+from transformers import PrinterCallback, Trainer
+from transformers import ProgressCallback as _ProgressCallback
+
+_SHOWN = {
+    "upper_loss": "upper",
+    "lower_loss": "lower",
+    "penalty_gap": "gap",
+    "ess_ratio": "ESS/N",
+    "eval_loss": "eval",
+    "eval_exact_match": "exact",
+}
+
+
+class ProgressCallback(_ProgressCallback):
+    """The bar of `transformers` (rate and time left) with losses, penalty gap and ESS/N behind it.
+
+    Args:
+        title: what the bar is called.
+    """
+
+    def __init__(self, title: str):
+        super().__init__()
+        self.title = title
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:
+            return
+        self._shown |= {_SHOWN[name]: f"{value:.3g}" for name, value in (logs or {}).items() if name in _SHOWN}
+        self.training_bar.set_postfix(self._shown)
+
+
+def use_progress(trainer: Trainer, callback: ProgressCallback) -> None:
+    """Replace the callbacks of ``trainer`` that print, unless the user has switched progress off."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(_ProgressCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(callback)

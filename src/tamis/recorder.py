@@ -1,0 +1,154 @@
+"""The run directory: what a run leaves behind besides the model, for people and for other tools.
+
+| file              | what                                                                                            |
+|-------------------|-------------------------------------------------------------------------------------------------|
+| `config.yaml`     | the settings that differ from the defaults; `tamis train --config config.yaml` replays the run   |
+| `metrics.jsonl`   | one JSON object per log step, appended as training goes                                         |
+| `weights.parquet` | one row per training row: example_id, source, row, content_hash, weight, score, num_updates, ... |
+
+Files are written under a temporary name and renamed, so that a reader never meets half of one. `metrics.jsonl` is the
+exception: it grows by whole lines and is cut back to the step of the checkpoint on resume.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from datasets import Dataset
+
+from tamis.data import content_hashes
+from tamis.selectors import Selector
+
+FORMAT_VERSION = 1
+_RECORDED_PACKAGES = ("tamis", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: ``path`` is old or new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        # mkstemp makes private files; artefacts are as readable as any other file of the user.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def run_info(fingerprints: dict[str, str], resolved: Sequence[str]) -> dict[str, Any]:
+    """Where and from what a run was made: time (UTC), versions, git commit, dataset fingerprints, resolved settings."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True
+    )
+    return {
+        "format_version": FORMAT_VERSION,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {package: version(package) for package in _RECORDED_PACKAGES},
+        "git_commit": commit.stdout.strip() or None,
+        "dataset_fingerprints": fingerprints,
+        "resolved": list(resolved),
+    }
+
+
+class Recorder:
+    """Writes one run directory. Only the main process should own one.
+
+    Args:
+        output_dir: the run directory; made if absent.
+    """
+
+    def __init__(self, output_dir: str | Path):
+        self.output_dir = Path(output_dir)
+
+    def write_config(self, settings: dict[str, Any], info: dict[str, Any]) -> None:
+        """``settings`` are command line names and values; ``info`` goes under ``run_info``, which replays ignore."""
+        text = yaml.safe_dump({**settings, "run_info": info}, sort_keys=False, allow_unicode=True)
+        write_atomically(self.output_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``. A NaN is written as null: the lines are strict JSON."""
+        record = {k: None if isinstance(v, float) and v != v else v for k, v in record.items()}
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after ``step`` (0: all of it), since those steps run again."""
+        path = self.output_dir / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line that a kill cut short
+                break
+            if record["step"] > step:
+                break
+            kept.append(line + "\n")
+        if step == 0:
+            kept = []
+        write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+    def write_weights(self, train_rows: Dataset, selector: Selector, kept_ids: Sequence[int]) -> None:
+        """Write ``weights.parquet``: one row per row of ``train_rows``, in its order.
+
+        ``weight`` (mean one over the rows) and ``score`` are those after the last committed step; ``last_loss`` is in
+        nats per token. Rows that never entered training (``kept`` False: prompt too long) have weight 0.
+        """
+        num_rows = len(train_rows)
+        kept_N = np.zeros(num_rows, dtype=bool)
+        kept_N[np.asarray(kept_ids, dtype=np.int64)] = True
+        columns = {
+            "example_id": np.arange(num_rows),
+            "source": train_rows["source"] if "source" in train_rows.column_names else [None] * num_rows,
+            "row": train_rows["row"] if "row" in train_rows.column_names else np.arange(num_rows),
+            "content_hash": content_hashes(train_rows),
+            "weight": np.where(kept_N, selector.all_weights().numpy(), np.float32(0)),
+            "score": selector.table.score_N.numpy(),
+            "num_updates": selector.num_updates_N.numpy(),
+            "last_loss": selector.last_loss_N.numpy(),
+            "kept": kept_N,
+            "refined": np.zeros(num_rows, dtype=bool),
+        }
+        table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
+        table = table.cast(table.schema.set(1, pa.field("source", pa.string())))
+        table = table.replace_schema_metadata({"tamis_format_version": str(FORMAT_VERSION)})
+        write_atomically(self.output_dir / "weights.parquet", lambda path: pq.write_table(table, path))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str:
+    """The newest ``checkpoint-*`` folder of a run that was written to its end.
+
+    `transformers` writes ``trainer_state.json`` last, so a folder without a readable one was cut short by a kill.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        return str(folder)
+    raise ValueError(f"{output_dir} holds no complete checkpoint to resume from: start without --resume")
+
+
+def checkpoint_step(checkpoint: str | Path) -> int:
+    """The optimizer step at which a checkpoint was written."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]

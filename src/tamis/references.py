@@ -1,0 +1,218 @@
+"""References for the excess loss ``e = l(theta) - l(theta_reference)`` of a training row.
+
+| name      | theta_reference                                      | extra cost                                     |
+|-----------|------------------------------------------------------|------------------------------------------------|
+| `zero`    | none: the reference loss is 0 (separable data)       | nothing                                        |
+| `base`    | the model before training                            | one forward per row and run; 4 bytes a row     |
+| `tracked` | descends the weighted lower level alone, in parallel | a forward and backward of the lower rows a step |
+
+With LoRA `base` is the model with its adapter off and `tracked` a second adapter; otherwise each copies the model.
+
+Shape suffixes: B training rows of a batch, N rows of the training dataset, T tokens.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from tamis.bilevel import example_losses
+
+REFERENCE_NAMES = ("zero", "base", "tracked")
+_TRACKED_ADAPTER = "tamis_tracked"
+
+
+def fused_losses(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Token-mean losses (B) of a batch by a model that carries TRL's fused LM head."""
+    outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    nll_B, _ = example_losses(outputs.log_probs, outputs.label_mask)
+    return nll_B
+
+
+class ZeroReference:
+    """``v = 0``: right when the data are separable, that is when one model fits every row exactly (2511.21056)."""
+
+    description = "zero: the loss itself is the excess loss"
+
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor) -> Tensor:
+        """Reference losses (float32, on the CPU) of the training rows of a micro-batch."""
+        return torch.zeros(len(example_ids_B))
+
+    def remember(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
+        """Take over reference losses that a scout has measured."""
+
+    def backward(self, coefficients_B: Tensor) -> None:
+        """Called once per micro-batch with the rows' coefficients in the lower level; for references that learn."""
+
+    def step(self, learning_rate: float) -> None:
+        """Called once per optimizer step."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors from which `load_state_dict` continues bit for bit."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+
+
+class BaseReference(ZeroReference):
+    """The model before training, each row measured once (no dropout) and remembered.
+
+    Args:
+        model: the model to be trained, before its first step. A `PeftModel` is used with its adapters off; of any other
+            a frozen copy is kept.
+        num_examples: N.
+    """
+
+    def __init__(self, model: nn.Module, num_examples: int):
+        self.loss_N = torch.full((num_examples,), math.nan, dtype=torch.float32)
+        self._model = model
+        if isinstance(model, PeftModel):
+            self.description = "base: the model with its adapter off, no second copy"
+        else:
+            self._model = copy.deepcopy(model).requires_grad_(False).eval()
+            self.description = "base: a frozen copy of the model (train with LoRA to do without)"
+
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor) -> Tensor:
+        is_new_B = self.loss_N[example_ids_B].isnan()
+        if is_new_B.any():
+            rows = is_new_B.nonzero().squeeze(1).to(inputs["input_ids"].device)
+            with torch.no_grad(), self._as_before_training():
+                new_losses = fused_losses(self._model, {name: tensor[rows] for name, tensor in inputs.items()})
+            self.loss_N[example_ids_B[is_new_B]] = new_losses.float().cpu()
+        return self.loss_N[example_ids_B]
+
+    def remember(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
+        self.loss_N[example_ids_R] = loss_R
+
+    @contextlib.contextmanager
+    def _as_before_training(self) -> Iterator[None]:
+        if not isinstance(self._model, PeftModel):
+            yield
+            return
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with self._model.disable_adapter():
+                yield
+        finally:
+            self._model.train(was_training)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"loss_N": self.loss_N}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.loss_N = state["loss_N"].clone()
+
+
+class TrackedReference(ZeroReference):
+    """``theta'``: follows ``argmin sum_i w_i l_i`` by its own AdamW steps on the weighted training rows alone.
+
+    The excess loss against it is the gradient in ``w`` of the value-function penalty (V-PBGD, arXiv 2302.05185): what
+    both models memorise alike cancels out and the doing of the validation rows remains.
+
+    Args:
+        model: the model to be trained, before its first step. A `PeftModel` gets a second adapter, equal to its first
+            one; any other model is copied.
+        reduce_gradient: averages a gradient over the ranks, in place.
+    """
+
+    _model: Any
+
+    def __init__(self, model: nn.Module, reduce_gradient: Callable[[Tensor], None]):
+        self._nll_B: Tensor | None = None
+        self._reduce_gradient = reduce_gradient
+        if isinstance(model, PeftModel):
+            self._model, self._trained_adapter = model, model.active_adapter
+            self.parameters = self._add_adapter()
+            self.description = "tracked: a second adapter on the same base model"
+        else:
+            self._model = copy.deepcopy(model)
+            self.parameters = [p for p in self._model.parameters() if p.requires_grad]
+            self.description = "tracked: a second model (train with LoRA to need only a second adapter)"
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.0)
+
+    def _add_adapter(self) -> list[nn.Parameter]:
+        model, trained = self._model, self._trained_adapter
+        if model.peft_config[trained].modules_to_save:
+            raise ValueError(
+                "reference 'tracked' cannot share a base model whose modules_to_save are trained: "
+                "remove them from the PEFT config, or choose --reference base"
+            )
+        model.add_adapter(_TRACKED_ADAPTER, model.peft_config[trained])
+        parameters = dict(model.named_parameters())
+        tracked = []
+        for name, parameter in parameters.items():
+            if f".{_TRACKED_ADAPTER}." in name:
+                parameter.data.copy_(parameters[name.replace(_TRACKED_ADAPTER, trained)].data)
+                tracked.append(parameter)
+        model.set_adapter(trained)
+        return tracked
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        """The tracked adapter is on: in the backward pass too, where gradient checkpointing runs the forward again."""
+        if isinstance(self._model, PeftModel):
+            self._model.set_adapter(_TRACKED_ADAPTER)
+        try:
+            yield
+        finally:
+            if isinstance(self._model, PeftModel):
+                self._model.set_adapter(self._trained_adapter)
+
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor) -> Tensor:
+        with self._active():
+            self._model.train()
+            self._nll_B = fused_losses(self._model, inputs)
+        return self._nll_B.detach().float().cpu()
+
+    def backward(self, coefficients_B: Tensor) -> None:
+        assert self._nll_B is not None, "losses() comes first"
+        with self._active():
+            (coefficients_B.to(self._nll_B.device) * self._nll_B).sum().backward()
+        self._nll_B = None
+
+    def step(self, learning_rate: float) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self._reduce_gradient(parameter.grad)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        # Gone before the trainer clips "all gradients of the model": the adapter is part of the same model.
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {}
+        for i, parameter in enumerate(self.parameters):
+            state[f"parameter.{i}"] = parameter.detach().cpu()
+            for name, tensor in self.optimizer.state[parameter].items():
+                state[f"{name}.{i}"] = tensor.detach().cpu()
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for i, parameter in enumerate(self.parameters):
+            parameter.data.copy_(state[f"parameter.{i}"])
+            moments = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[parameter] = {
+                name: state[f"{name}.{i}"].clone().to("cpu" if name == "step" else parameter.device)
+                for name in moments
+                if f"{name}.{i}" in state
+            }
+
+
+def make_reference(
+    name: str, model: nn.Module, num_examples: int, reduce_gradient: Callable[[Tensor], None]
+) -> ZeroReference:
+    """The reference called ``name`` for ``model`` as it is before its first step; see the table above."""
+    if name == "base":
+        return BaseReference(model, num_examples)
+    if name == "tracked":
+        return TrackedReference(model, reduce_gradient)
+    assert name == "zero", name
+    return ZeroReference()

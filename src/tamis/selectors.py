@@ -1,0 +1,380 @@
+"""Selectors: how the losses of rows become their weights.
+
+The trainer knows only `Selector`: it asks for the weights of the rows of a batch, given their excess losses, and after
+every optimizer step commits the losses it has seen. An update touches the rows of the batch and nothing else, so a
+step costs O(batch) whatever N; 12 bytes a row are kept here and 4 more by the reference.
+
+Shape suffixes: B rows of a batch, N rows of the training dataset.
+
+| name      | score of a row                        | weight                           | source                  |
+|-----------|---------------------------------------|----------------------------------|-------------------------|
+| `mirror`  | falls by the standardised excess loss | map(s), this step's loss counted | our derivation          |
+| `softmax` | Adam on logits                        | N * softmax(s)                   | 2511.21056, published   |
+| `sigmoid` | Adam on logits                        | sigmoid(s) / mean                | 2406.19976, published   |
+| `bmo`     | -e / temperature, no memory           | map(s), this step's loss counted | 2511.21056, closed form |
+| `column`  | none                                  | a column of the dataset / mean   | weighted SFT            |
+| `none`    | none                                  | 1                                | direct mixing           |
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from tamis.bilevel import effective_sample_size, weight_entropy
+
+SELECTOR_NAMES = ("mirror", "softmax", "sigmoid", "bmo", "column", "none")
+SCORE_MAPS = ("bounded", "softmax")
+
+# Step size of the scores: logits per standard deviation of the excess loss for `mirror`, logits for the Adam rules.
+DEFAULT_LEARNING_RATE = {"mirror": 2.5, "softmax": 0.1, "sigmoid": 0.1}
+
+# exp() of a score this far above the shift is still far from overflow in float64, and its sum over 1e8 rows too.
+_MAX_SOFTMAX_EXPONENT = 200.0
+
+
+class ScoreTable:
+    """One score per row, and the sums over all rows that turn a score into a weight of mean one, kept up to date.
+
+    ``weight_i = N * f(score_i) / sum_j f(score_j)`` with ``f`` the score map:
+
+    - ``bounded``: ``sigmoid``. A row can lose its say but not take everyone's: no weight exceeds ``1 / mean(f)``. It
+      is mirror descent under the Fermi-Dirac entropy, whose domain is the box (our derivation).
+    - ``softmax``: ``exp``. Mirror descent under the Shannon entropy, on the simplex; collapses when a few rows have
+      much lower losses than the rest.
+
+    The three sums (of f, f^2, f log f) give the weights, the effective sample size and the entropy in O(1). They are
+    float64, updated by the difference of the changed rows and recomputed exactly once every N changed rows.
+    """
+
+    def __init__(self, num_examples: int, score_map: str):
+        if score_map not in SCORE_MAPS:
+            raise ValueError(f"unknown score_map {score_map!r}: choose one of {', '.join(SCORE_MAPS)}")
+        self.score_map = score_map
+        self.score_N = torch.zeros(num_examples, dtype=torch.float32)
+        self.shift = 0.0
+        self._recompute()
+
+    def __len__(self) -> int:
+        return len(self.score_N)
+
+    def mapped(self, scores: Tensor) -> Tensor:
+        """``f(scores)`` in float64, same shape; up to the common factor ``exp(-shift)`` for ``softmax``."""
+        scores = scores.double()
+        return torch.sigmoid(scores) if self.score_map == "bounded" else torch.exp(scores - self.shift)
+
+    def weights_of(self, scores: Tensor) -> Tensor:
+        """Weights (float32, mean one over the dataset) that rows with these scores have among the present N."""
+        return (self.mapped(scores) * (len(self) / self.sums[0])).float()
+
+    def set(self, example_ids_B: Tensor, scores_B: Tensor) -> None:
+        """Replace the scores of distinct rows, in O(B)."""
+        overflow = self.score_map == "softmax" and scores_B.max().item() - self.shift > _MAX_SOFTMAX_EXPONENT
+        self.sums -= self._sums(self.score_N[example_ids_B])
+        self.score_N[example_ids_B] = scores_B.float()
+        self.sums += self._sums(self.score_N[example_ids_B])
+        self.num_stale += len(example_ids_B)
+        if overflow or self.num_stale >= len(self):
+            self._recompute()
+
+    def effective_sample_size(self) -> float:
+        """``(sum w)^2 / sum w^2`` over all rows, between 1 and N."""
+        return (self.sums[0] ** 2 / self.sums[1]).item()
+
+    def entropy(self) -> float:
+        """Entropy in nats of the weights as a distribution over rows, at most ``log(N)``."""
+        return (self.sums[0].log() - self.sums[2] / self.sums[0]).item()
+
+    def _sums(self, scores: Tensor) -> Tensor:
+        mapped = self.mapped(scores)
+        return torch.stack([mapped.sum(), mapped.square().sum(), torch.special.xlogy(mapped, mapped).sum()])
+
+    def _recompute(self) -> None:
+        if self.score_map == "softmax":
+            self.shift = self.score_N.max().item()
+        # In chunks: one float64 copy of 10^8 scores would be 0.8 GB.
+        self.sums = sum((self._sums(chunk) for chunk in self.score_N.split(2**20)), torch.zeros(3, dtype=torch.float64))
+        self.num_stale = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        progress = torch.tensor([self.shift, self.num_stale], dtype=torch.float64)
+        return {"score_N": self.score_N, "sums": self.sums, "progress": progress}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.score_N, self.sums = state["score_N"].clone(), state["sums"].clone()
+        self.shift, self.num_stale = state["progress"][0].item(), int(state["progress"][1].item())
+
+
+class Selector(ABC):
+    """Weights of the training rows. Subclass it, in about 30 lines, to try another rule.
+
+    Attributes:
+        needs_validation: whether the rule means anything without a validation dataset.
+        uses_excess: whether it reads the losses at all (else the reference is never computed).
+        is_settled: whether a scout has judged the rows, so that training changes no score any more.
+        num_updates_N: how often each row was seen (int32).
+        last_loss_N: its loss when last seen, nats per token (float32, NaN before).
+    """
+
+    needs_validation = True
+    uses_excess = True
+
+    def __init__(self, num_examples: int, score_map: str = "bounded"):
+        self.table = ScoreTable(num_examples, score_map)
+        self.is_settled = False
+        self.num_updates_N = torch.zeros(num_examples, dtype=torch.int32)
+        self.last_loss_N = torch.full((num_examples,), math.nan, dtype=torch.float32)
+
+    @abstractmethod
+    def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        """The rule itself: `next_scores` of rows that are not settled."""
+
+    def next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        """The scores these rows will have once ``excess_B`` (nats per token) is committed. Changes nothing."""
+        if self.is_settled:
+            return self.table.score_N[example_ids_B]
+        return self._next_scores(example_ids_B, excess_B)
+
+    def judge(self, example_ids_R: Tensor, loss_R: Tensor, excess_R: Tensor) -> None:
+        """Take the evidence of a scout on all R rows that will be trained on, and settle the scores by it."""
+        self.update(example_ids_R, loss_R, excess_R)
+        self.is_settled = True
+
+    def weights(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        """Weights (float32, mean one over the dataset) of the rows of a batch, for this very step. Changes nothing.
+
+        The loss just measured counts already, so that a row is judged before its first training step, not after it:
+        once a model has been trained on a row, its loss says less about the row (memorisation).
+        """
+        return self.table.weights_of(self.next_scores(example_ids_B, excess_B))
+
+    def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
+        """Commit one optimizer step: the rows of all its micro-batches and ranks, each at most once.
+
+        Args:
+            loss_B, excess_B: nats per token, float32.
+        """
+        self.table.set(example_ids_B, self.next_scores(example_ids_B, excess_B))
+        self.num_updates_N[example_ids_B] += 1
+        self.last_loss_N[example_ids_B] = loss_B.float()
+
+    def all_weights(self) -> Tensor:
+        """Weights of all N rows (float32, mean one), by the committed scores."""
+        return self.table.weights_of(self.table.score_N)
+
+    def effective_sample_size(self) -> float:
+        return self.table.effective_sample_size()
+
+    def entropy(self) -> float:
+        return self.table.entropy()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors from which `load_state_dict` continues bit for bit."""
+        return {
+            **self.table.state_dict(),
+            "is_settled": torch.tensor(self.is_settled),
+            "num_updates_N": self.num_updates_N,
+            "last_loss_N": self.last_loss_N,
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if len(state["score_N"]) != len(self.table):
+            raise ValueError(
+                f"the checkpoint scores {len(state['score_N'])} training rows, the dataset has {len(self.table)}: "
+                "resume with the dataset the run was started with"
+            )
+        self.table.load_state_dict(state)
+        self.is_settled = bool(state["is_settled"])
+        self.num_updates_N, self.last_loss_N = state["num_updates_N"].clone(), state["last_loss_N"].clone()
+
+
+class MirrorSelector(Selector):
+    """Mirror descent on the weights: each row's score falls by its standardised excess loss.
+
+    ``s <- s - eta * z``, ``z = clip((e - center) / scale, -3, 3)``, with ``center`` and ``scale`` the mean and standard
+    deviation of the excess losses: the step keeps the size of a loss (which Adam throws away) and yet ``eta`` means
+    the same on every dataset. The clip bounds what one visit can do to a row.
+
+    Args:
+        learning_rate: eta, in score units (logits) per standard deviation of the excess loss.
+    """
+
+    _AVERAGING = 0.05  # of center and scale along the steps: a time constant of 20
+    _CLIP = 3.0
+
+    def __init__(self, num_examples: int, score_map: str, learning_rate: float):
+        super().__init__(num_examples, score_map)
+        self.learning_rate = learning_rate
+        self.center, self.scale = 0.0, 0.0
+
+    def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        scale = max(self.scale, 1e-4)  # with reference `base` the first excess losses are exactly zero
+        z_B = ((excess_B - self.center) / scale).clamp(-self._CLIP, self._CLIP)
+        return self.table.score_N[example_ids_B] - self.learning_rate * z_B
+
+    def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
+        super().update(example_ids_B, loss_B, excess_B)
+        self._average(excess_B.double(), self._AVERAGING if self.scale else 1.0)
+
+    def judge(self, example_ids_R: Tensor, loss_R: Tensor, excess_R: Tensor) -> None:
+        self._average(excess_R.double(), 1.0)
+        super().judge(example_ids_R, loss_R, excess_R)
+
+    def _average(self, excess_B: Tensor, step: float) -> None:
+        """Move center and scale to those of the batch by a fraction ``step``."""
+        self.center += step * (excess_B.mean().item() - self.center)
+        self.scale += step * ((excess_B - self.center).square().mean().sqrt().item() - self.scale)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | {"moments": torch.tensor([self.center, self.scale], dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.center, self.scale = state["moments"].tolist()
+
+
+class AdamSelector(Selector):
+    """The published rule: Adam on one logit per row, along the gradient of ``mean_batch(w * e)``.
+
+    As published the logits of all N rows move in every step, since the softmax ties them together; here only those of
+    the batch do (lazy Adam, as `torch.optim.SparseAdam`), which makes it O(batch). Adam divides each gradient by its
+    own running size: how large a loss is, the very signal, is lost. Kept for comparison.
+
+    Args:
+        learning_rate: Adam's step in logits.
+    """
+
+    def __init__(
+        self, num_examples: int, score_map: str, learning_rate: float, betas=(0.9, 0.999), epsilon: float = 1e-8
+    ):
+        super().__init__(num_examples, score_map)
+        self.learning_rate, self.betas, self.epsilon = learning_rate, betas, epsilon
+        self.first_moment_N = torch.zeros(num_examples)
+        self.second_moment_N = torch.zeros(num_examples)
+
+    def _moments(self, example_ids_B: Tensor, excess_B: Tensor) -> tuple[Tensor, Tensor]:
+        scores_B = self.table.score_N[example_ids_B]
+        weights_B = self.table.weights_of(scores_B)
+        if self.table.score_map == "softmax":
+            gradient_B = weights_B * (excess_B - (weights_B * excess_B).sum() / len(self.table))
+        else:
+            gradient_B = weights_B * (1 - torch.sigmoid(scores_B)) * excess_B
+        gradient_B = gradient_B / len(example_ids_B)
+        first_B = torch.lerp(gradient_B, self.first_moment_N[example_ids_B], self.betas[0])
+        second_B = torch.lerp(gradient_B.square(), self.second_moment_N[example_ids_B], self.betas[1])
+        return first_B, second_B
+
+    def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        first_B, second_B = self._moments(example_ids_B, excess_B)
+        num_updates_B = self.num_updates_N[example_ids_B] + 1
+        first_B = first_B / (1 - self.betas[0] ** num_updates_B)
+        second_B = second_B / (1 - self.betas[1] ** num_updates_B)
+        return self.table.score_N[example_ids_B] - self.learning_rate * first_B / (second_B.sqrt() + self.epsilon)
+
+    def weights(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        """As published, the weights of a step are those from before its losses."""
+        return self.table.weights_of(self.table.score_N[example_ids_B])
+
+    def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
+        moments = self._moments(example_ids_B, excess_B)
+        super().update(example_ids_B, loss_B, excess_B)
+        self.first_moment_N[example_ids_B], self.second_moment_N[example_ids_B] = moments
+
+    def state_dict(self) -> dict[str, Tensor]:
+        moments = {"first_moment_N": self.first_moment_N, "second_moment_N": self.second_moment_N}
+        return super().state_dict() | moments
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.first_moment_N = state["first_moment_N"].clone()
+        self.second_moment_N = state["second_moment_N"].clone()
+
+
+class BmoSelector(Selector):
+    """Bilevel multi-objective weights ``softmax(-e / temperature)`` over the dataset: closed form, without memory.
+
+    The rows outside the batch enter the sum with the loss they were last seen with.
+
+    Args:
+        temperature: tau in nats per token; small is sharp.
+    """
+
+    def __init__(self, num_examples: int, score_map: str, temperature: float):
+        super().__init__(num_examples, score_map)
+        self.temperature = temperature
+
+    def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        return -excess_B / self.temperature
+
+
+class ColumnSelector(Selector):
+    """Static weights from a column of the dataset: weighted SFT, no validation dataset needed.
+
+    Args:
+        weight_N: the column, finite and non-negative; divided by its mean here.
+    """
+
+    needs_validation = False
+    uses_excess = False
+
+    def __init__(self, weight_N: Tensor):
+        super().__init__(len(weight_N))
+        self.weight_N = (weight_N.double() / weight_N.double().mean()).float()
+
+    def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        return self.table.score_N[example_ids_B]
+
+    def weights(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        return self.weight_N[example_ids_B]
+
+    def all_weights(self) -> Tensor:
+        return self.weight_N
+
+    def effective_sample_size(self) -> float:
+        return effective_sample_size(self.weight_N)
+
+    def entropy(self) -> float:
+        return weight_entropy(self.weight_N)
+
+
+class UniformSelector(ColumnSelector):
+    """Every row has weight one: direct mixing of the two datasets."""
+
+    def __init__(self, num_examples: int):
+        super().__init__(torch.ones(num_examples))
+
+
+def make_selector(
+    name: str,
+    num_examples: int,
+    *,
+    score_map: str = "bounded",
+    learning_rate: float | None = None,
+    temperature: float = 0.5,
+    weight_N: Tensor | None = None,
+) -> Selector:
+    """The selector called ``name``; see the table above for what each reads.
+
+    Raises:
+        ValueError: there is no selector of that name.
+    """
+    if learning_rate is None:
+        learning_rate = DEFAULT_LEARNING_RATE.get(name, 0.0)
+    if name == "mirror":
+        return MirrorSelector(
+            num_examples, score_map, DEFAULT_LEARNING_RATE[name] if learning_rate is None else learning_rate
+        )
+    if name in ("softmax", "sigmoid"):
+        adam_map = "softmax" if name == "softmax" else "bounded"
+        return AdamSelector(
+            num_examples, adam_map, DEFAULT_LEARNING_RATE[name] if learning_rate is None else learning_rate
+        )
+    if name == "bmo":
+        return BmoSelector(num_examples, score_map, temperature)
+    if name == "column":
+        assert weight_N is not None
+        return ColumnSelector(weight_N)
+    if name == "none":
+        return UniformSelector(num_examples)
+    raise ValueError(f"unknown selector {name!r}: choose one of {', '.join(SELECTOR_NAMES)}")
