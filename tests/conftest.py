@@ -1,18 +1,39 @@
-"""A tiny Llama with a character tokenizer, made on the spot, for every test that needs a model."""
+"""A tiny Llama with a character tokenizer, made on the spot, and what every test of a trainer shares."""
 
 import json
 import string
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from tamis import BilevelConfig, BilevelTrainer
+
+datasets.disable_progress_bars()
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# One step of a trainer on the CPU in float32, that writes nothing which nobody asked for.
+PLAIN = {
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -54,6 +75,50 @@ def model_dir(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture
+def bilevel(model_dir, tmp_path):
+    """Make a `BilevelTrainer` on the tiny model; ``output_dir`` is a folder of the test's own unless given."""
+
+    def make(train, validation=None, evaluation=None, *, model=None, peft_config=None, callbacks=None, **settings):
+        args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | settings)
+        return BilevelTrainer(
+            model or model_dir,
+            args,
+            train_dataset=Dataset.from_list(train),
+            validation_dataset=None if validation is None else Dataset.from_list(validation),
+            eval_dataset=None if evaluation is None else Dataset.from_list(evaluation),
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+@pytest.fixture
+def sft(model_dir, tmp_path):
+    """Make TRL's own trainer with the same settings."""
+
+    def make(train, *, callbacks=None, **settings):
+        args = SFTConfig(**{"output_dir": str(tmp_path / "sft")} | PLAIN | settings)
+        return SFTTrainer(model_dir, args, train_dataset=Dataset.from_list(train), callbacks=callbacks)
+
+    return make
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps the gradients of every optimizer step, as they are after clipping."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def lora(**settings) -> LoraConfig:
+    return LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 4, "task_type": "CAUSAL_LM"} | settings)
+
+
 def pairs(num_rows: int, start: int = 0, wrong: bool = False) -> list[dict[str, str]]:
     """Rows of different lengths: "12=" -> "12" doubled; a wrong answer is the number itself plus a letter."""
     rows = []
@@ -61,6 +126,38 @@ def pairs(num_rows: int, start: int = 0, wrong: bool = False) -> list[dict[str, 
         answer = f"{i}x" if wrong else f"{2 * i}"
         rows.append({"prompt": f"{i}=", "completion": answer + "a" * (i % 4)})
     return rows
+
+
+def parameters(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_close(actual: dict, expected: dict, atol: float = 1e-6) -> None:
+    """The same names, and tensors that differ by no more than ``atol``; bit for bit where it is 0."""
+    assert actual.keys() == expected.keys() and actual
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def plain_loss(model, input_ids: list[int], labels: list[int]) -> torch.Tensor:
+    """Token-mean loss of one row alone, from the logits, without TRL's fused head or any padding."""
+    logits = model(input_ids=torch.tensor([input_ids])).logits[0, :-1]
+    return cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100)
+
+
+def row_gradients(model, row: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    plain_loss(model, row["input_ids"], row["labels"]).backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not strict JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in Path(path).read_text().splitlines()]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

@@ -85,6 +85,15 @@ class BilevelConfig(SFTConfig):
             `"example"`: every row counts the same. `"token"`: every token does, as in `SFTTrainer`.
     """
 
+    # TRL turns checkpointing on by a name that transformers has deprecated: the same default by the new name.
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Deprecated: use --activation_checkpointing."}
+    )
+    activation_checkpointing: bool | None = field(
+        default=True,
+        metadata={"help": "Compute activations again in the backward pass: less memory, about 20%% slower."},
+    )
+
     selector: Literal["mirror", "softmax", "sigmoid", "bmo", "column", "none"] = field(
         default="mirror",
         metadata={

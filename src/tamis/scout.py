@@ -56,6 +56,7 @@ def descend_validation_loss(
     args.max_steps, args.learning_rate, args.per_device_train_batch_size = num_steps, learning_rate, batch_size
     args.lr_scheduler_type, args.warmup_steps = "constant", 0
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+    args.model_init_kwargs = None
     args.report_to, args.push_to_hub, args.load_best_model_at_end = [], False, False
     trainer = _ValidationTrainer(model, args, train_dataset=validation_dataset, processing_class=processing_class)
     use_progress(trainer, ProgressCallback("scouting"))

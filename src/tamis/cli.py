@@ -1,0 +1,102 @@
+"""The command line: `tamis train` and `tamis demo`.
+
+Settings come from flags, from a YAML file (`--config run.yaml`), or both; flags win. Results go to stdout, everything
+else to stderr. A wrong input ends with one line on stderr and exit code 2, before any model is loaded.
+"""
+
+import logging
+import sys
+from dataclasses import fields
+from typing import Any
+
+USAGE = """usage: tamis COMMAND [options]
+
+  train   fine-tune a model on doubtful rows under the guidance of trusted ones; learns a weight for every row
+  demo    make a small world and compare tamis with its alternatives on it (CPU, a few minutes)
+
+`tamis COMMAND --help` lists the options."""
+
+
+def make_train_parser() -> Any:
+    """The parser of `tamis train`: TRL's, with its options in groups."""
+    from transformers import TrainingArguments
+    from trl import ModelConfig, SFTConfig, TrlParser
+
+    from tamis.config import BilevelConfig
+    from tamis.run import DataArguments
+
+    transformers_own = {f.name for f in fields(TrainingArguments)}
+    trl_own = {f.name for f in fields(SFTConfig)} - transformers_own
+    titles = ("data", "selection and its two levels", "model and LoRA", "rows to tokens", "training")
+
+    def title_of(dtype: Any, name: str) -> str:
+        if dtype is DataArguments:
+            return titles[0]
+        if dtype is ModelConfig:
+            return titles[2]
+        return titles[4] if name in transformers_own else titles[3] if name in trl_own else titles[1]
+
+    class GroupedParser(TrlParser):
+        def _add_dataclass_arguments(self, dtype):
+            if not hasattr(self, "_groups"):
+                self._groups: Any = {title: self.add_argument_group(title) for title in titles}
+            self._dtype = dtype
+            super()._add_dataclass_arguments(dtype)
+
+        def _parse_dataclass_field(self, parser, field):  # type: ignore[override]
+            TrlParser._parse_dataclass_field(self._groups[title_of(self._dtype, field.name)], field)
+
+    dataclass_types: Any = (DataArguments, BilevelConfig, ModelConfig)
+    return GroupedParser(dataclass_types, prog="tamis train")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the command `tamis`; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    command, options = argv[0], argv[1:]
+    if command not in ("train", "demo"):
+        print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tamis").setLevel(logging.INFO)
+    try:
+        return _run_train(options) if command == "train" else _run_demo(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"tamis {command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run_train(options: list[str]) -> int:
+    from tamis.run import train
+    from tamis.trainer import NonFiniteLossError
+
+    data, args, model_args = make_train_parser().parse_args_and_config(options)
+    try:
+        metrics = train(data, args, model_args)
+    except NonFiniteLossError as error:
+        print(f"tamis train: {error}", file=sys.stderr)
+        return 1
+    for name in ("eval_loss", "eval_exact_match"):
+        if name in metrics:
+            print(f"{name} {metrics[name]:.4f}")
+    print(f"weights {args.output_dir}/weights.parquet")
+    print(f"model {args.output_dir}")
+    return 0
+
+
+def _run_demo(options: list[str]) -> int:
+    from trl import TrlParser
+
+    from tamis.demo import DemoArguments, run_demo
+
+    dataclass_types: Any = (DemoArguments,)
+    (arguments,) = TrlParser(dataclass_types, prog="tamis demo").parse_args_and_config(options)
+    run_demo(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""One run, from named files to a run directory: what `tamis train`, the demo and the comparisons all go through."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from tamis.config import BilevelConfig
+from tamis.data import load_rows
+from tamis.progress import ProgressCallback, use_progress
+from tamis.trainer import BilevelTrainer
+
+
+@dataclass
+class DataArguments:
+    """Which rows: files, folders or hub names.
+
+    Attributes:
+        train_dataset, validation_dataset, eval_dataset: see `tamis.data.load_rows` for what is read.
+        prompt_column, response_column, weight_column: as there.
+        train_split, validation_split, eval_split: of hub names and folders with splits.
+        run_info: what `config.yaml` tells about the run it came from; ignored.
+    """
+
+    train_dataset: str = field(
+        metadata={"help": "Doubtful rows: a JSON(L), CSV or Parquet file, a folder, a hub name."}
+    )
+    validation_dataset: str | None = field(default=None, metadata={"help": "Trusted rows that guide the selection."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out rows, used neither for training nor for selection."}
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompts, if not recognised."})
+    response_column: str | None = field(default=None, metadata={"help": "Column of the responses, if not recognised."})
+    weight_column: str | None = field(default=None, metadata={"help": "Column of weights, for --selector column."})
+    train_split: str = field(default="train", metadata={"help": "Split of --train_dataset, where it has several."})
+    validation_split: str = field(default="train", metadata={"help": "Split of --validation_dataset."})
+    eval_split: str = field(default="train", metadata={"help": "Split of --eval_dataset."})
+    run_info: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Written by tamis into config.yaml; ignored when read."}
+    )
+
+    def load(self) -> dict[str, Any]:
+        """The datasets that were named, checked, by the names that `BilevelTrainer` takes them under."""
+        columns = {"prompt_column": self.prompt_column, "response_column": self.response_column}
+        datasets = {}
+        for role, split in (
+            ("train_dataset", self.train_split),
+            ("validation_dataset", self.validation_split),
+            ("eval_dataset", self.eval_split),
+        ):
+            source = getattr(self, role)
+            if source is not None:
+                weight_column = self.weight_column if role == "train_dataset" else None
+                datasets[role] = load_rows(source, role=role, split=split, weight_column=weight_column, **columns)
+        return datasets
+
+
+def train(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> dict[str, float]:
+    """One run of `tamis train`: loads and checks the rows, trains, saves; returns the metrics of the held-out rows.
+
+    Raises:
+        ValueError: an input cannot work; see `tamis.data` and `BilevelConfig.check`.
+        NonFiniteLossError: see `BilevelTrainer`.
+    """
+    output_dir = Path(str(args.output_dir))
+    resume = True if args.resume_from_checkpoint in ("last", "true", "True") else args.resume_from_checkpoint
+    if not resume and (output_dir / "config.yaml").exists():
+        raise ValueError(
+            f"{output_dir} holds a run already: choose another --output_dir, or go on with "
+            "--resume_from_checkpoint last"
+        )
+    if model_args.model_name_or_path is None:
+        raise ValueError("no model: give --model_name_or_path")
+    args.check(has_validation=data.validation_dataset is not None, has_weight=data.weight_column is not None)
+    datasets = data.load()
+
+    given = args.model_init_kwargs
+    assert not isinstance(given, str), "a JSON string is parsed by the config"
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(given or {}),
+    }
+    trainer = BilevelTrainer(
+        model_args.model_name_or_path,
+        args,
+        **datasets,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.config_settings = _given(data) | args.given_settings | _given(model_args)
+    use_progress(trainer, ProgressCallback("training"))
+    trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate() if "eval_dataset" in datasets else {}
+    trainer.save_model()
+    trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return metrics
+
+
+def _given(arguments: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
+    values = {f.name: (getattr(arguments, f.name), f.default) for f in fields(arguments) if f.name != "run_info"}
+    return {name: value for name, (value, default) in values.items() if value != default and value is not None}

@@ -1,0 +1,51 @@
+"""Known answers of the figures that runs are compared by."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tamis.compare import add_gap_closures
+from tamis.metrics import auroc, gap_closure
+
+
+def test_auroc_of_a_perfect_a_reversed_and_a_constant_ranking():
+    is_right = [True, True, False, False]
+    assert auroc([4, 3, 2, 1], is_right) == 1.0
+    assert auroc([1, 2, 3, 4], is_right) == 0.0
+    assert auroc([7, 7, 7, 7], is_right) == 0.5
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 20, size=200)  # many ties
+    is_right = generator.random(200) < 0.3
+    pairs = scores[is_right][:, None] - scores[~is_right][None, :]
+    assert auroc(scores, is_right) == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean(), abs=1e-12)
+
+
+def test_auroc_needs_both_kinds():
+    assert math.isnan(auroc([1, 2], [True, True]))
+
+
+def test_gap_closure_of_losses_and_accuracies():
+    assert gap_closure(mixing=0.5, method=0.9, oracle=0.9) == pytest.approx(1.0)
+    assert gap_closure(mixing=0.5, method=0.4, oracle=0.9) == pytest.approx(-0.25)
+    assert gap_closure(mixing=2.0, method=1.25, oracle=1.0) == pytest.approx(0.75)
+    assert math.isnan(gap_closure(0.5, 0.6, 0.5))
+
+
+def test_gap_closures_are_measured_from_the_best_mixing_of_each_figure():
+    def row(method, accuracy, loss):
+        return {"method": method, "test_accuracy": accuracy, "test_loss": loss}
+
+    rows = [
+        row("mixing rho=0.1", 0.6, 1.0),
+        row("mixing rho=0.5", 0.5, 0.8),
+        row("tamis", 0.8, 0.6),
+        row("oracle", 1.0, 0.4),
+    ]
+    add_gap_closures(rows)
+    assert rows[2]["gap_closure"] == pytest.approx(0.5)
+    assert rows[2]["gap_closure_loss"] == pytest.approx(0.5)
+    assert rows[0]["gap_closure_loss"] == pytest.approx(-0.5)
