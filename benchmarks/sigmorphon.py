@@ -17,12 +17,9 @@ from itertools import chain
 from pathlib import Path
 
 from common import DATA, finish, skip_without_data
-from datasets import Dataset
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import SFTConfig, SFTTrainer
 
 from tamis.compare import Task, compare_methods, format_table
+from tamis.synthetic import build_model, build_tokenizer, pretrain
 
 LANGUAGES = ("english", "spanish", "turkish", "german")
 NUM_VALIDATION, NUM_TRAIN = 200, 4000
@@ -76,45 +73,9 @@ def as_pair(row: Row, language: str) -> dict[str, str]:
     return {"prompt": f"<{language}>{lemma}" + "".join(f"<{tag}>" for tag in tags.split(";")) + "=", "completion": form}
 
 
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Characters, and <...> as one symbol."""
-    pattern = Regex(r"<[^<>]*>|[^<]")
-    splitter = pre_tokenizers.Split(pattern, "isolated")
-    symbols = {symbol for text in texts for symbol, _ in splitter.pre_tokenize_str(text)}
-    vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<eos>", "<unk>", *sorted(symbols)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = splitter
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
-def pretrain(
-    pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, model_dir: Path, num_steps: int, seed: int
-):
-    """A Llama of 0.37M parameters, trained on spoiled rows of all four languages."""
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    args = SFTConfig(
-        str(model_dir), max_steps=num_steps, per_device_train_batch_size=64, learning_rate=2e-3, warmup_steps=100,
-        report_to="none", save_strategy="no", bf16=False, use_cpu=True, activation_checkpointing=False, seed=seed,
-        logging_steps=500,
-    )  # fmt: skip
-    trainer = SFTTrainer(
-        LlamaForCausalLM(config), args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
-    )
-    trainer.train()
-    trainer.save_model()
-
-
 def make_task(folder: Path, seed: int, pretrain_steps: int) -> Task:
     """Files and base model of one seed; made once."""
-    names = ("model", "train.jsonl", "clean.jsonl", "validation.jsonl", "eval.jsonl")
-    task = Task(*(folder / name for name in names), fingerprint=f"sigmorphon {seed} {pretrain_steps}")
+    task = Task.in_folder(folder, f"sigmorphon {seed} {pretrain_steps}")
     if (task.model_dir / "model.safetensors").is_file():
         return task
     rng = random.Random(seed)
@@ -136,7 +97,12 @@ def make_task(folder: Path, seed: int, pretrain_steps: int) -> Task:
     for path, rows in files.items():
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     everything = [pair["prompt"] + pair["completion"] for pair in chain(pretraining, *files.values())]
-    pretrain(pretraining, make_tokenizer(everything), task.model_dir, pretrain_steps, seed)
+    tokenizer = build_tokenizer(everything)
+    model = build_model(tokenizer, hidden_size=96, num_layers=3, seed=seed)  # 0.37M parameters
+    pretrain(
+        model, tokenizer, pretraining, task.model_dir, num_steps=pretrain_steps, batch_size=64, learning_rate=2e-3,
+        seed=seed,
+    )  # fmt: skip
     return task
 
 
@@ -147,7 +113,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps of everything: shows that it runs")
     arguments = parser.parse_args()
     skip_without_data("sigmorphon2017")
-    pretrain_steps, max_steps = (20, 20) if arguments.quick else (2500, 1200)
+    pretrain_steps, max_steps = (20, 20) if arguments.quick else (2500, 900)
 
     all_rows = []
     for seed in arguments.seeds:

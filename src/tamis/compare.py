@@ -44,6 +44,18 @@ class Task:
     eval_file: Path
     fingerprint: str
 
+    @classmethod
+    def in_folder(cls, folder: Path, fingerprint: str) -> "Task":
+        """The task whose files have their usual names in ``folder``."""
+        return cls(
+            model_dir=folder / "model",
+            train_file=folder / "train.jsonl",
+            clean_file=folder / "clean.jsonl",
+            validation_file=folder / "validation.jsonl",
+            eval_file=folder / "eval.jsonl",
+            fingerprint=fingerprint,
+        )
+
 
 @dataclass(frozen=True)
 class Method:

@@ -7,13 +7,21 @@ from typing import Any, Literal
 
 from trl import SFTConfig
 
-from tamis.selectors import DEFAULT_LEARNING_RATE
+from tamis.references import REFERENCE_NAMES
+from tamis.selectors import DEFAULT_LEARNING_RATE, SCORE_MAPS, SELECTOR_NAMES
 
 logger = logging.getLogger(__name__)
 
 # Gentle, so that the model learns what the validation rows want and keeps what it knew: on SIGMORPHON the full rate
 # ranked rows with AUROC 0.84, a sixth of it with 0.91 (LOG.md).
 _SCOUT_LEARNING_RATE_RATIO = 0.15
+_SECRETS = ("hub_token",)
+_CHOICES = {
+    "selector": SELECTOR_NAMES,
+    "score_map": (None, *SCORE_MAPS),
+    "reference": REFERENCE_NAMES,
+    "loss_reduction": ("example", "token"),
+}
 _STATIC_SELECTORS = ("column", "none")
 
 
@@ -202,14 +210,20 @@ class BilevelConfig(SFTConfig):
         }
         given = {n: getattr(self, n) for n in defaults}
         given = {n: v.value if isinstance(v, Enum) else v for n, v in given.items()}
-        given = {n: v for n, v in given.items() if v != defaults[n] and "token" not in n}
-        self.given_settings = {n: v for n, v in given.items() if isinstance(v, bool | int | float | str | list | dict)}
+        given = {n: v for n, v in given.items() if v != defaults[n] and n not in _SECRETS}
+        kinds = bool | int | float | str | list | dict | None
+        self.given_settings = {n: v for n, v in given.items() if isinstance(v, kinds)}
         super().__post_init__()
 
     @property
-    def uses_validation(self) -> bool:
-        """Whether validation rows take any part in the run."""
+    def trains_on_validation(self) -> bool:
+        """Whether any step descends the validation loss."""
         return max(self.rho, self.rho_start or 0.0) > 0
+
+    @property
+    def uses_validation(self) -> bool:
+        """Whether validation rows take any part in the run: in its steps or in scouting."""
+        return self.trains_on_validation or self.resolve().scout_ratio > 0
 
     def check(self, *, has_validation: bool, has_weight: bool) -> None:
         """Refuse what cannot work and warn of what has no effect, before any model is loaded.
@@ -244,13 +258,24 @@ class BilevelConfig(SFTConfig):
             ("rho", self.rho),
             ("rho_start", self.rho_start),
             ("rho_decay_ratio", self.rho_decay_ratio),
+            ("scout_ratio", self.scout_ratio),
         ):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-        if self.selector_learning_rate is not None and not self.selector_learning_rate > 0:
-            raise ValueError(f"selector_learning_rate must be positive, got {self.selector_learning_rate}")
-        if not self.bmo_temperature > 0:
-            raise ValueError(f"bmo_temperature must be positive, got {self.bmo_temperature}")
+        for name in (
+            "selector_learning_rate",
+            "scout_learning_rate",
+            "reference_learning_rate",
+            "bmo_temperature",
+            "per_device_validation_batch_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(str(choice) for choice in choices if choice)
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {known}")
 
     def _refuse_what_sft_offers(self) -> None:
         if self.packing or self.eval_packing:
@@ -271,7 +296,7 @@ class BilevelConfig(SFTConfig):
             and self.selector not in DEFAULT_LEARNING_RATE,
             "bmo_temperature": self.bmo_temperature != 0.5 and self.selector != "bmo",
             "reference": self.reference != "base" and self.selector in _STATIC_SELECTORS,
-            "scout_learning_rate": self.scout_learning_rate is not None and not self.scout_ratio,
+            "scout_learning_rate": self.scout_learning_rate is not None and not self.resolve().scout_ratio,
             "reference_learning_rate": self.reference_learning_rate is not None and self.reference != "tracked",
             "rho_decay_ratio": self.rho_decay_ratio != 1.0 and self.rho_start is None,
             "validation_dataset": has_validation and not self.uses_validation,

@@ -11,6 +11,7 @@ exception: it grows by whole lines and is cut back to the step of the checkpoint
 """
 
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -80,8 +81,8 @@ class Recorder:
         write_atomically(self.output_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``. A NaN is written as null: the lines are strict JSON."""
-        record = {k: None if isinstance(v, float) and v != v else v for k, v in record.items()}
+        """Append one line to ``metrics.jsonl``. NaN and infinity are written as null: the lines are strict JSON."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -107,8 +108,9 @@ class Recorder:
     def write_weights(self, train_rows: Dataset, selector: Selector, kept_ids: Sequence[int]) -> None:
         """Write ``weights.parquet``: one row per row of ``train_rows``, in its order.
 
-        ``weight`` (mean one over the rows) and ``score`` are those after the last committed step; ``last_loss`` is in
-        nats per token. Rows that never entered training (``kept`` False: prompt too long) have weight 0.
+        ``weight`` (mean one over the rows that are kept) and ``score`` are those after the last committed step;
+        ``last_loss`` is in nats per token. Rows that never entered training (``kept`` False: prompt too long) have
+        weight 0.
         """
         num_rows = len(train_rows)
         kept_N = np.zeros(num_rows, dtype=bool)
@@ -118,8 +120,8 @@ class Recorder:
             "source": train_rows["source"] if "source" in train_rows.column_names else [None] * num_rows,
             "row": train_rows["row"] if "row" in train_rows.column_names else np.arange(num_rows),
             "content_hash": content_hashes(train_rows),
-            "weight": np.where(kept_N, selector.all_weights().numpy(), np.float32(0)),
-            "score": selector.table.score_N.numpy(),
+            "weight": selector.all_weights().numpy(),
+            "score": np.where(kept_N, selector.table.score_N.numpy(), np.float32(np.nan)),
             "num_updates": selector.num_updates_N.numpy(),
             "last_loss": selector.last_loss_N.numpy(),
             "kept": kept_N,

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class ZeroReference:
     def step(self, learning_rate: float) -> None:
         """Called once per optimizer step."""
 
+    @contextlib.contextmanager
+    def left_out_of_saving(self) -> Iterator[None]:
+        """Within it, saving the model saves nothing of the reference: that is in `state_dict`."""
+        yield
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors from which `load_state_dict` continues bit for bit."""
         return {}
@@ -67,12 +73,16 @@ class BaseReference(ZeroReference):
         model: the model to be trained, before its first step. A `PeftModel` is used with its adapters off; of any other
             a frozen copy is kept.
         num_examples: N.
+        keep_copy: False where a scout measures all rows before training (`remember`), so that no copy is needed.
     """
 
-    def __init__(self, model: nn.Module, num_examples: int):
+    def __init__(self, model: nn.Module, num_examples: int, keep_copy: bool = True):
         self.loss_N = torch.full((num_examples,), math.nan, dtype=torch.float32)
-        self._model = model
-        if isinstance(model, PeftModel):
+        self._model: nn.Module | None = model
+        if not keep_copy:
+            self._model = None
+            self.description = "base: the model before training, measured by the scout, no second copy"
+        elif isinstance(model, PeftModel):
             self.description = "base: the model with its adapter off, no second copy"
         else:
             self._model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -81,6 +91,7 @@ class BaseReference(ZeroReference):
     def losses(self, inputs: dict[str, Any], example_ids_B: Tensor) -> Tensor:
         is_new_B = self.loss_N[example_ids_B].isnan()
         if is_new_B.any():
+            assert self._model is not None, "the scout has measured every row that is trained on"
             rows = is_new_B.nonzero().squeeze(1).to(inputs["input_ids"].device)
             with torch.no_grad(), self._as_before_training():
                 new_losses = fused_losses(self._model, {name: tensor[rows] for name, tensor in inputs.items()})
@@ -119,7 +130,7 @@ class TrackedReference(ZeroReference):
     Args:
         model: the model to be trained, before its first step. A `PeftModel` gets a second adapter, equal to its first
             one; any other model is copied.
-        reduce_gradient: averages a gradient over the ranks, in place.
+        reduce_gradient: sums a gradient over the ranks, in place (the coefficients sum to one over all of them).
     """
 
     _model: Any
@@ -165,6 +176,19 @@ class TrackedReference(ZeroReference):
             if isinstance(self._model, PeftModel):
                 self._model.set_adapter(self._trained_adapter)
 
+    @contextlib.contextmanager
+    def left_out_of_saving(self) -> Iterator[None]:
+        if not isinstance(self._model, PeftModel):
+            yield
+            return
+        # An attribute of the instance hides the method of the class.
+        save_trained = partial(self._model.save_pretrained, selected_adapters=[self._trained_adapter])
+        vars(self._model)["save_pretrained"] = save_trained
+        try:
+            yield
+        finally:
+            del vars(self._model)["save_pretrained"]
+
     def losses(self, inputs: dict[str, Any], example_ids_B: Tensor) -> Tensor:
         with self._active():
             self._model.train()
@@ -179,8 +203,9 @@ class TrackedReference(ZeroReference):
 
     def step(self, learning_rate: float) -> None:
         for parameter in self.parameters:
-            if parameter.grad is not None:
-                self._reduce_gradient(parameter.grad)
+            if parameter.grad is None:  # this rank had no training rows in the step, but another may wait for it
+                parameter.grad = torch.zeros_like(parameter)
+            self._reduce_gradient(parameter.grad)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -207,11 +232,16 @@ class TrackedReference(ZeroReference):
 
 
 def make_reference(
-    name: str, model: nn.Module, num_examples: int, reduce_gradient: Callable[[Tensor], None]
+    name: str,
+    model: nn.Module,
+    num_examples: int,
+    *,
+    keep_copy: bool = True,
+    reduce_gradient: Callable[[Tensor], None] = lambda gradient: None,
 ) -> ZeroReference:
     """The reference called ``name`` for ``model`` as it is before its first step; see the table above."""
     if name == "base":
-        return BaseReference(model, num_examples)
+        return BaseReference(model, num_examples, keep_copy)
     if name == "tracked":
         return TrackedReference(model, reduce_gradient)
     assert name == "zero", name

@@ -31,11 +31,16 @@ from tamis.references import fused_losses
 logger = logging.getLogger(__name__)
 
 
-class _ValidationTrainer(SFTTrainer):
-    """Plain SFT on rows that are prepared already."""
+class PlainTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` that tells nobody about the run and shows one bar."""
 
     def _send_telemetry(self) -> None:
         pass
+
+    def train_with_bar(self, title: str) -> None:
+        """Train, with a progress bar of that name instead of printed logs."""
+        use_progress(self, ProgressCallback(title))
+        self.train()
 
 
 def descend_validation_loss(
@@ -58,9 +63,8 @@ def descend_validation_loss(
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
     args.model_init_kwargs = None
     args.report_to, args.push_to_hub, args.load_best_model_at_end = [], False, False
-    trainer = _ValidationTrainer(model, args, train_dataset=validation_dataset, processing_class=processing_class)
-    use_progress(trainer, ProgressCallback("scouting"))
-    trainer.train()
+    trainer = PlainTrainer(model, args, train_dataset=validation_dataset, processing_class=processing_class)
+    trainer.train_with_bar("scouting")
 
 
 def row_losses(

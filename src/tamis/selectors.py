@@ -19,6 +19,7 @@ Shape suffixes: B rows of a batch, N rows of the training dataset.
 import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,10 @@ SCORE_MAPS = ("bounded", "softmax")
 # Step size of the scores: logits per standard deviation of the excess loss for `mirror`, logits for the Adam rules.
 DEFAULT_LEARNING_RATE = {"mirror": 2.5, "softmax": 0.1, "sigmoid": 0.1}
 
-# exp() of a score this far above the shift is still far from overflow in float64, and its sum over 1e8 rows too.
+# exp() of a score this far above the shift, and its square, are still far from overflow in float64.
 _MAX_SOFTMAX_EXPONENT = 200.0
+# A sum that has been this much larger since it was last exact has lost half of its digits.
+_MAX_CANCELLATION = 1e8
 
 
 class ScoreTable:
@@ -53,7 +56,9 @@ class ScoreTable:
             raise ValueError(f"unknown score_map {score_map!r}: choose one of {', '.join(SCORE_MAPS)}")
         self.score_map = score_map
         self.score_N = torch.zeros(num_examples, dtype=torch.float32)
+        self.num_active = num_examples
         self.shift = 0.0
+        self.peak = torch.zeros(2, dtype=torch.float64)  # of the first two sums, to notice cancellation
         self._recompute()
 
     def __len__(self) -> int:
@@ -62,11 +67,25 @@ class ScoreTable:
     def mapped(self, scores: Tensor) -> Tensor:
         """``f(scores)`` in float64, same shape; up to the common factor ``exp(-shift)`` for ``softmax``."""
         scores = scores.double()
-        return torch.sigmoid(scores) if self.score_map == "bounded" else torch.exp(scores - self.shift)
+        if self.score_map == "bounded":
+            return torch.sigmoid(scores)
+        return torch.exp((scores - self.shift).clamp(max=1.5 * _MAX_SOFTMAX_EXPONENT))
 
-    def weights_of(self, scores: Tensor) -> Tensor:
-        """Weights (float32, mean one over the dataset) that rows with these scores have among the present N."""
-        return (self.mapped(scores) * (len(self) / self.sums[0])).float()
+    def weights_of(self, scores: Tensor, instead_of: Tensor | None = None) -> Tensor:
+        """Weights (float32, mean one over the dataset) that rows with these scores have among the present N.
+
+        Args:
+            instead_of: the scores that the rows have at present, where ``scores`` are not committed yet.
+        """
+        mapped, total = self.mapped(scores), self.sums[0]
+        if instead_of is not None:  # each row on its own, so that the micro-batch it came in does not matter
+            total = (total - self.mapped(instead_of)).clamp(min=0) + mapped
+        return (mapped * (self.num_active / total)).float()
+
+    def exclude(self, example_ids: Tensor) -> None:
+        """Give these rows no say for good: they do not count in the mean of the weights either."""
+        self.score_N[example_ids] = -math.inf
+        self._recompute()
 
     def set(self, example_ids_B: Tensor, scores_B: Tensor) -> None:
         """Replace the scores of distinct rows, in O(B)."""
@@ -75,7 +94,9 @@ class ScoreTable:
         self.score_N[example_ids_B] = scores_B.float()
         self.sums += self._sums(self.score_N[example_ids_B])
         self.num_stale += len(example_ids_B)
-        if overflow or self.num_stale >= len(self):
+        self.peak = torch.maximum(self.peak, self.sums[:2])
+        cancelled = bool((self.peak > _MAX_CANCELLATION * self.sums[:2]).any())
+        if overflow or cancelled or self.num_stale >= len(self):
             self._recompute()
 
     def effective_sample_size(self) -> float:
@@ -94,16 +115,19 @@ class ScoreTable:
         if self.score_map == "softmax":
             self.shift = self.score_N.max().item()
         # In chunks: one float64 copy of 10^8 scores would be 0.8 GB.
+        self.num_active = int(self.score_N.isfinite().sum())
         self.sums = sum((self._sums(chunk) for chunk in self.score_N.split(2**20)), torch.zeros(3, dtype=torch.float64))
-        self.num_stale = 0
+        self.num_stale, self.peak = 0, self.sums[:2].clone()
 
     def state_dict(self) -> dict[str, Tensor]:
-        progress = torch.tensor([self.shift, self.num_stale], dtype=torch.float64)
+        progress = torch.tensor([self.shift, self.num_stale, *self.peak], dtype=torch.float64)
         return {"score_N": self.score_N, "sums": self.sums, "progress": progress}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.score_N, self.sums = state["score_N"].clone(), state["sums"].clone()
         self.shift, self.num_stale = state["progress"][0].item(), int(state["progress"][1].item())
+        self.peak = state["progress"][2:].clone()
+        self.num_active = int(self.score_N.isfinite().sum())
 
 
 class Selector(ABC):
@@ -147,7 +171,8 @@ class Selector(ABC):
         The loss just measured counts already, so that a row is judged before its first training step, not after it:
         once a model has been trained on a row, its loss says less about the row (memorisation).
         """
-        return self.table.weights_of(self.next_scores(example_ids_B, excess_B))
+        scores_B = self.table.score_N[example_ids_B]
+        return self.table.weights_of(self.next_scores(example_ids_B, excess_B), instead_of=scores_B)
 
     def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
         """Commit one optimizer step: the rows of all its micro-batches and ranks, each at most once.
@@ -159,8 +184,12 @@ class Selector(ABC):
         self.num_updates_N[example_ids_B] += 1
         self.last_loss_N[example_ids_B] = loss_B.float()
 
+    def exclude(self, example_ids: Tensor) -> None:
+        """Rows that are never trained on: weight 0, and the mean of one is that of the others."""
+        self.table.exclude(example_ids)
+
     def all_weights(self) -> Tensor:
-        """Weights of all N rows (float32, mean one), by the committed scores."""
+        """Weights of all N rows (float32, mean one over those not excluded), by the committed scores."""
         return self.table.weights_of(self.table.score_N)
 
     def effective_sample_size(self) -> float:
@@ -202,23 +231,29 @@ class MirrorSelector(Selector):
 
     _AVERAGING = 0.05  # of center and scale along the steps: a time constant of 20
     _CLIP = 3.0
+    _MIN_SCALE = 1e-4  # below it the excess losses are rounding: with reference `base` those of the first step are
 
     def __init__(self, num_examples: int, score_map: str, learning_rate: float):
         super().__init__(num_examples, score_map)
         self.learning_rate = learning_rate
-        self.center, self.scale = 0.0, 0.0
+        self.center, self.scale, self.num_batches = 0.0, 0.0, 0
 
     def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
-        scale = max(self.scale, 1e-4)  # with reference `base` the first excess losses are exactly zero
-        z_B = ((excess_B - self.center) / scale).clamp(-self._CLIP, self._CLIP)
+        if self.scale < self._MIN_SCALE:  # nothing to judge by yet
+            return self.table.score_N[example_ids_B]
+        z_B = ((excess_B - self.center) / self.scale).clamp(-self._CLIP, self._CLIP)
         return self.table.score_N[example_ids_B] - self.learning_rate * z_B
 
     def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
         super().update(example_ids_B, loss_B, excess_B)
-        self._average(excess_B.double(), self._AVERAGING if self.scale else 1.0)
+        self.num_batches += 1
+        self._average(excess_B.double(), max(self._AVERAGING, 1 / self.num_batches))
 
     def judge(self, example_ids_R: Tensor, loss_R: Tensor, excess_R: Tensor) -> None:
         self._average(excess_R.double(), 1.0)
+        # Half way between the quartiles: with right and wrong rows in like numbers that lies between the two, where the
+        # mean is pulled into the wrong ones by their long tail (F1 on MNIST, rows kept on SIGMORPHON: LOG.md).
+        self.center = float(np.quantile(excess_R.double().numpy(), [0.25, 0.75]).mean())
         super().judge(example_ids_R, loss_R, excess_R)
 
     def _average(self, excess_B: Tensor, step: float) -> None:
@@ -227,11 +262,13 @@ class MirrorSelector(Selector):
         self.scale += step * ((excess_B - self.center).square().mean().sqrt().item() - self.scale)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return super().state_dict() | {"moments": torch.tensor([self.center, self.scale], dtype=torch.float64)}
+        moments = torch.tensor([self.center, self.scale, self.num_batches], dtype=torch.float64)
+        return super().state_dict() | {"moments": moments}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        self.center, self.scale = state["moments"].tolist()
+        self.center, self.scale, num_batches = state["moments"].tolist()
+        self.num_batches = int(num_batches)
 
 
 class AdamSelector(Selector):
@@ -320,6 +357,8 @@ class ColumnSelector(Selector):
 
     def __init__(self, weight_N: Tensor):
         super().__init__(len(weight_N))
+        if not weight_N.sum() > 0:
+            raise ValueError("the column 'weight' is zero on every training row: give at least one row a weight")
         self.weight_N = (weight_N.double() / weight_N.double().mean()).float()
 
     def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
@@ -327,6 +366,11 @@ class ColumnSelector(Selector):
 
     def weights(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
         return self.weight_N[example_ids_B]
+
+    def exclude(self, example_ids: Tensor) -> None:
+        super().exclude(example_ids)
+        self.weight_N[example_ids] = 0
+        self.weight_N *= self.table.num_active / self.weight_N.sum()
 
     def all_weights(self) -> Tensor:
         return self.weight_N

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -106,6 +107,8 @@ class BilevelTrainer(SFTTrainer):
             check_overlap(train_dataset, datasets["validation_dataset"], eval_dataset)
         self._fingerprints = {role: fingerprint(dataset) for role, dataset in datasets.items()}
 
+        # Rows are numbered by their place, whatever a column of that name says.
+        train_dataset = train_dataset.select_columns([c for c in train_dataset.column_names if c != "example_id"])
         self._train_rows = attach_example_ids(train_dataset)
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
         self._report_dropped_rows()
@@ -124,9 +127,17 @@ class BilevelTrainer(SFTTrainer):
             temperature=args.bmo_temperature,
             weight_N=weight_N,
         )
+        kept = set(self.train_dataset["example_id"])
+        self.selector.exclude(torch.tensor([i for i in range(num_examples) if i not in kept], dtype=torch.int64))
         self.reference = ZeroReference()
         if self.selector.uses_excess:
-            self.reference = make_reference(args.reference, self.model, num_examples, self._average_over_ranks)
+            self.reference = make_reference(
+                args.reference,
+                self.model,
+                num_examples,
+                keep_copy=not self.resolved.scout_ratio,
+                reduce_gradient=self._sum_over_ranks,
+            )
         # What `config.yaml` gets: the command line adds the model and the files, see `tamis.cli`.
         self.config_settings = args.given_settings
         self.recorder = Recorder(str(args.output_dir)) if self.accelerator.is_main_process else None
@@ -172,7 +183,7 @@ class BilevelTrainer(SFTTrainer):
         columns = ["input_ids", "labels", "example_id"]
         stream = self.train_dataset.select_columns(columns)
         num_upper = 0
-        if self.validation_dataset is not None:
+        if self.validation_dataset is not None and self.args.trains_on_validation:
             upper = self.validation_dataset.select_columns(columns[:2])
             upper = upper.add_column("example_id", [UPPER_ROW] * len(upper))
             stream, num_upper = concatenate_datasets([stream, upper.cast(stream.features)]), len(upper)
@@ -244,12 +255,13 @@ class BilevelTrainer(SFTTrainer):
         lower_inputs = {name: tensor[:num_lower] for name, tensor in inputs.items() if torch.is_tensor(tensor)}
         reference_L = torch.zeros(num_lower)
         if self.selector.uses_excess and num_lower:
-            reference_L = self.reference.losses(lower_inputs, ids_L)
+            with self.accelerator.autocast():  # a copy of the model does not bring its own, as the model does
+                reference_L = self.reference.losses(lower_inputs, ids_L)
         nll_B, outputs = self._forward(model, inputs)
 
         loss_B = nll_B.detach().float().cpu()
-        self._stop_if_not_finite(loss_B, ids_L)
         excess_L = loss_B[:num_lower] - reference_L
+        self._stop_if_not_finite(torch.cat([excess_L, loss_B[num_lower:]]), ids_L)
         weights_L = self.selector.weights(ids_L, excess_L)
         rho = self.current_rho()
         lower_share_L = self._share(num_tokens_B[:num_lower], level=0)
@@ -316,9 +328,9 @@ class BilevelTrainer(SFTTrainer):
             self.selector.update(ids, losses, excess)
         self.reference.step(self.args.reference_learning_rate or self._get_learning_rate())
 
-    def _average_over_ranks(self, tensor: Tensor) -> None:
+    def _sum_over_ranks(self, tensor: Tensor) -> None:
         if self.accelerator.num_processes > 1:
-            tensor.copy_(self.accelerator.reduce(tensor, reduction="mean"))
+            tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
 
     def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
         if return_outputs:  # a user's compute_metrics wants the logits: TRL's own path builds them
@@ -344,6 +356,8 @@ class BilevelTrainer(SFTTrainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+        if resume_from_checkpoint:
+            self._refuse_foreign_checkpoint(resume_from_checkpoint)
         for line in [*self.resolved.announcements, f"reference = {self.reference.description}"]:
             logger.info(line)
         if self.recorder:
@@ -404,20 +418,35 @@ class BilevelTrainer(SFTTrainer):
         if self.args.should_save:
             state = {f"selector.{name}": tensor for name, tensor in self.selector.state_dict().items()}
             state |= {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
+            state["num_tokens"] = torch.tensor(self._total_train_tokens)
             state = {name: tensor.contiguous() for name, tensor in state.items()}
-            write_atomically(Path(output_dir) / _STATE_FILE, lambda path: save_file(state, path))
+            metadata = {"train_dataset": self._fingerprints["train_dataset"]}
+            write_atomically(Path(output_dir) / _STATE_FILE, lambda path: save_file(state, path, metadata))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / _STATE_FILE
-        if not path.is_file():
-            raise ValueError(f"{checkpoint} has no {_STATE_FILE}: it was not written by tamis, start a new run from it")
-        state = load_file(path)
+        state = load_file(Path(checkpoint) / _STATE_FILE)
+        self._total_train_tokens = int(state["num_tokens"])
         for part in ("selector", "reference"):
             own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
             getattr(self, part).load_state_dict(own)
+
+    def _refuse_foreign_checkpoint(self, checkpoint: str | Path) -> None:
+        path = Path(checkpoint) / _STATE_FILE
+        if not path.is_file():
+            raise ValueError(f"{checkpoint} has no {_STATE_FILE}: it was not written by tamis, start a new run from it")
+        with safe_open(path, "pt") as state:
+            if state.metadata()["train_dataset"] != self._fingerprints["train_dataset"]:
+                raise ValueError(
+                    f"{checkpoint} was written while training on other rows, or on the same in another order: "
+                    "resume with the train_dataset the run was started with"
+                )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with self.reference.left_out_of_saving():
+            super()._save(output_dir, state_dict)
 
     def _write_weights(self) -> None:
         if self.recorder:

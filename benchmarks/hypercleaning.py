@@ -1,0 +1,354 @@
+"""MNIST data hyper-cleaning: half of the training labels are drawn anew, 5,000 trusted rows tell which.
+
+    python benchmarks/hypercleaning.py --output_dir runs/hypercleaning [--quick] [--seeds 0 1 2]
+
+Protocol (as in arXiv 2302.05185): 20,000 images shuffled by seed into 5,000 training, 5,000 validation and 10,000 test
+rows; half of the training labels are drawn anew from all ten classes, so 45% of them are wrong; a linear softmax model
+on pixels / 255. Published: V-PBGD, 90.10% and F1 0.917 after 40,000 full-batch iterations. Here every method has 2,000,
+those of scouting included; all but `v_pbgd` take 500 + 500 rows each.
+
+- `accuracy_best`: the best test accuracy along the run, as published (chosen on the test rows).
+- `accuracy_selected`: test accuracy at the step that is best on the validation rows. Those are trained on, so this is
+  honest but late.
+- `f1`: of calling a row clean if its weight at the end is at least the one it began with (published: x >= 0). As
+  published, a redrawn row counts as not clean even where the draw hit its true label: knowing every wrong label gives
+  0.952 and not 1.
+- `f1_best_threshold`: the same with the threshold that the known labels favour most, to tell ranking from calibration.
+- `auroc`: of the weights against whether the label is right.
+
+Settings were chosen by accuracy on 1,000 validation rows held out for that (seeds 10 and 11); `--tune` shows the
+alternatives, one at a time. Most differ by less than the noise (0.006). Exception: `mixing` has its rho chosen by test,
+in its favour.
+
+F1 0.93 was not reached by any method. A classifier fitted to the true labels, on the losses of linear models of several
+kinds and ages, reached 0.921 to 0.926 in cross-validation: the linear model's losses hold little more than that.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tamis.bilevel import row_coefficients
+from tamis.selectors import Selector, make_selector
+from tamis.stream import permutation
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist" / "mnist20k.npz"
+NUM_ROWS = 5_000
+BATCH_SIZE = 500
+EVAL_EVERY = 20
+METRICS = ("accuracy_best", "accuracy_selected", "f1", "f1_best_threshold", "auroc")
+
+
+@dataclass
+class World:
+    """One split of the data: (images, labels) of each part, and the truth about the training labels."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    is_clean: Tensor  # the label was not drawn anew
+    is_right: Tensor  # the label is the true one
+
+
+def make_world(seed: int, num_held_out: int = 0) -> World:
+    """The protocol's split; with ``num_held_out`` that many validation rows stand in for the test rows."""
+    arrays = np.load(DATA)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(arrays["labels"]), generator=generator)
+    images = torch.from_numpy(arrays["images"])[order].float() / 255
+    labels = torch.from_numpy(arrays["labels"])[order].long()
+    is_redrawn = torch.zeros(NUM_ROWS, dtype=torch.bool)
+    is_redrawn[torch.randperm(NUM_ROWS, generator=generator)[: NUM_ROWS // 2]] = True
+    noisy = torch.where(is_redrawn, torch.randint(10, (NUM_ROWS,), generator=generator), labels[:NUM_ROWS])
+    train, validation, test = (slice(0, NUM_ROWS), slice(NUM_ROWS, 2 * NUM_ROWS), slice(2 * NUM_ROWS, None))
+    if num_held_out:
+        first_held_out = 2 * NUM_ROWS - num_held_out
+        validation, test = (
+            slice(NUM_ROWS, first_held_out),
+            slice(first_held_out, 2 * NUM_ROWS),
+        )
+    return World(
+        (images[train], noisy),
+        (images[validation], labels[validation]),
+        (images[test], labels[test]),
+        ~is_redrawn,
+        noisy == labels[:NUM_ROWS],
+    )
+
+
+class LinearModel:
+    """Softmax regression from zero, trained by SGD with momentum."""
+
+    def __init__(self, learning_rate: float):
+        self.weight, self.bias = torch.zeros(784, 10, requires_grad=True), torch.zeros(10, requires_grad=True)
+        self.optimizer = torch.optim.SGD([self.weight, self.bias], learning_rate, momentum=0.9)
+
+    def losses(self, images_B: Tensor, labels_B: Tensor) -> Tensor:
+        return F.cross_entropy(images_B @ self.weight + self.bias, labels_B, reduction="none")
+
+    @torch.no_grad()
+    def accuracy(self, images_B: Tensor, labels_B: Tensor) -> float:
+        return ((images_B @ self.weight + self.bias).argmax(1) == labels_B).float().mean().item()
+
+    def descend(self, loss: Tensor, learning_rate: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings of `train`, as in `BilevelConfig`; ``rows`` tells which training rows exist."""
+
+    selector: str = "none"
+    rho: float = 0.5
+    selector_learning_rate: float | None = None  # None: the default of the package
+    bmo_temperature: float = 0.5
+    scout_ratio: float = 0.0
+    scout_learning_rate: float = 0.015
+    learning_rate: float = 0.03
+    rows: str = "all"  # or "right": the oracle's
+
+
+@dataclass(frozen=True)
+class VPbgd:
+    """Settings of `train_v_pbgd`: final penalty (published: 0.2) and step of a row's x (published: 0.1 / 5,000)."""
+
+    gamma: float = 1.0
+    x_learning_rate: float = 0.1
+    learning_rate: float = 0.03
+
+
+METHODS = {
+    "tamis": Method("mirror", scout_ratio=0.25),
+    "tamis_bmo": Method("bmo", bmo_temperature=0.25),
+    "softmax_adam": Method("softmax", selector_learning_rate=0.02),
+    "sigmoid_adam": Method("sigmoid", selector_learning_rate=0.5),
+    "v_pbgd": VPbgd(),
+    "validation_only": Method(rho=1.0),
+    "plain": Method(rho=0.0),
+    "mixing": Method(),
+    "oracle": Method(rows="right", rho=0.65),
+}
+MIXING_RHO = (0.5, 0.65, 0.8, 0.9)
+ALTERNATIVES = {
+    "tamis": {
+        "learning_rate": (0.1,),
+        "rho": (0.65, 0.8),
+        "selector_learning_rate": (10.0,),
+        "scout_learning_rate": (0.1,),
+        "scout_ratio": (0.0,),
+    },
+    "tamis_bmo": {"learning_rate": (0.1,), "rho": (0.65, 0.8), "bmo_temperature": (0.5, 1.0), "scout_ratio": (0.25,)},
+    "softmax_adam": {"learning_rate": (0.1,), "rho": (0.65, 0.8), "selector_learning_rate": (0.1, 0.5)},
+    "sigmoid_adam": {"learning_rate": (0.1,), "rho": (0.65, 0.8), "selector_learning_rate": (0.02, 0.1)},
+    "v_pbgd": {"learning_rate": (0.1,), "gamma": (0.2,), "x_learning_rate": (0.0004, 1.0)},
+    "validation_only": {"learning_rate": (0.1,)},
+}
+
+
+class Progress:
+    """Accuracies along a run."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.history: list[tuple[float, float]] = []
+
+    def note(self, step: int, model: LinearModel) -> None:
+        if step % EVAL_EVERY == 0:
+            self.history.append((model.accuracy(*self.world.validation), model.accuracy(*self.world.test)))
+
+    def results(self) -> dict[str, float]:
+        best_on_validation = max(self.history, key=lambda pair: pair[0])
+        return {"accuracy_best": max(test for _, test in self.history), "accuracy_selected": best_on_validation[1]}
+
+
+def batch_rows(num_rows: int, seed: int, step: int, level: int) -> Tensor:
+    """The rows of a step: epochs of permutations that depend on (seed, epoch, level) alone."""
+    epoch, place = divmod(step, num_rows // BATCH_SIZE)
+    return permutation(num_rows, seed, epoch, level)[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
+
+
+def scout(selector: Selector, world: World, seed: int, num_steps: int, learning_rate: float) -> None:
+    """Judge every training row by a model that has seen the validation rows alone, as `tamis.scout` does."""
+    (images, labels), (upper_images, upper_labels) = world.train, world.validation
+    model = LinearModel(learning_rate)
+    for step in range(num_steps):
+        rows_U = batch_rows(len(upper_labels), seed, step, level=1)
+        model.descend(model.losses(upper_images[rows_U], upper_labels[rows_U]).mean(), learning_rate)
+    loss_N = model.losses(images, labels).detach()
+    selector.judge(torch.arange(len(labels)), loss_N, loss_N - math.log(10))
+
+
+def train(method: Method, world: World, seed: int, num_steps: int) -> dict[str, float]:
+    """Train with one of the package's selectors, reference `base`: the loss of a model at zero is log 10 everywhere."""
+    is_used = world.is_right if method.rows == "right" else torch.ones_like(world.is_right)
+    (images, labels), (upper_images, upper_labels) = (part[is_used] for part in world.train), world.validation
+    selector = make_selector(
+        method.selector,
+        len(labels),
+        learning_rate=method.selector_learning_rate,
+        temperature=method.bmo_temperature,
+    )
+    num_scout = round(num_steps * method.scout_ratio / (1 + method.scout_ratio))
+    if num_scout:
+        scout(selector, world, seed, num_scout, method.scout_learning_rate)
+    num_steps -= num_scout
+    model, progress = LinearModel(method.learning_rate), Progress(world)
+    share_B = torch.full((BATCH_SIZE,), 1 / BATCH_SIZE)
+    for step in range(num_steps):
+        rows_L = batch_rows(len(labels), seed, step, level=0)
+        rows_U = batch_rows(len(upper_labels), seed, step, level=1)
+        loss_B = model.losses(
+            torch.cat([images[rows_L], upper_images[rows_U]]), torch.cat([labels[rows_L], upper_labels[rows_U]])
+        )
+        loss_L = loss_B[:BATCH_SIZE].detach()
+        excess_L = loss_L - math.log(10)
+        coefficients_B = row_coefficients(selector.weights(rows_L, excess_L), method.rho, share_B, share_B)
+        model.descend((coefficients_B * loss_B).sum(), method.learning_rate * (1 - step / num_steps))
+        selector.update(rows_L, loss_L, excess_L)
+        progress.note(step + 1, model)
+    results = progress.results()
+    if method.selector != "none":
+        # Scores rank as weights do, without the ties of a saturated float32 sigmoid.
+        results |= judgement(selector.all_weights() >= 1, selector.table.score_N, world)
+    return results
+
+
+def train_v_pbgd(method: VPbgd, world: World, seed: int, num_steps: int) -> dict[str, float]:
+    """Our control after arXiv 2302.05185: full batches, weights sigmoid(x), penalty gamma * (g(x, theta) - v(x)).
+
+    The lower value v is tracked by a second model that takes one step on the weighted training rows per iteration.
+    gamma rises from 0 over three quarters of the run, as published; the momentum of the models is ours.
+    """
+    del seed  # full batches and a start at zero: nothing is random
+    model, tracked, progress = LinearModel(method.learning_rate), LinearModel(method.learning_rate), Progress(world)
+    x_N = torch.zeros(NUM_ROWS)
+    for step in range(num_steps):
+        gamma = method.gamma * min(step / (0.75 * num_steps), 1)
+        weights_N = torch.sigmoid(x_N)
+        tracked_loss_N, loss_N = tracked.losses(*world.train), model.losses(*world.train)
+        tracked.descend((weights_N * tracked_loss_N).mean(), 0.1 * method.learning_rate)
+        penalty = gamma * (weights_N * loss_N).mean()
+        model.descend((model.losses(*world.validation).mean() + penalty) / max(gamma, 1), method.learning_rate)
+        slope_N = weights_N * (1 - weights_N)
+        x_N -= method.x_learning_rate * gamma / max(gamma, 1) * slope_N * (loss_N - tracked_loss_N).detach()
+        progress.note(step + 1, model)
+    return progress.results() | judgement(x_N >= 0, x_N, world) | {"max_abs_x": x_N.abs().max().item()}
+
+
+def judgement(is_kept_N: Tensor, score_N: Tensor, world: World) -> dict[str, float]:
+    """How well the kept rows agree with the clean ones, and the scores with the right labels."""
+    num_hits = (is_kept_N & world.is_clean).sum().item()
+    hits_N = world.is_clean[score_N.argsort(descending=True)].double().cumsum(0)
+    wrong = score_N[~world.is_right].sort().values
+    right = score_N[world.is_right].contiguous()
+    below = torch.searchsorted(wrong, right), torch.searchsorted(wrong, right, right=True)
+    return {
+        "f1": 2 * num_hits / (is_kept_N.sum().item() + world.is_clean.sum().item()),
+        "f1_best_threshold": (2 * hits_N / (torch.arange(1, len(hits_N) + 1) + world.is_clean.sum())).max().item(),
+        "auroc": ((below[0] + below[1]).double().mean() / 2 / len(wrong)).item(),
+    }
+
+
+def run(method: Method | VPbgd, world: World, seed: int, num_steps: int) -> dict[str, float]:
+    start = time.perf_counter()
+    trainer: Callable = train_v_pbgd if isinstance(method, VPbgd) else train
+    results = trainer(method, world, seed, num_steps)
+    return results | {"seconds": time.perf_counter() - start}
+
+
+def tune(names: list[str], num_steps: int) -> None:
+    """Results on held-out validation rows, mean of two seeds: the settings as they are, and one of them changed."""
+    worlds = {seed: make_world(seed, num_held_out=1_000) for seed in (10, 11)}
+    for name in names:
+        changes = [{}] + [{key: value} for key, values in ALTERNATIVES[name].items() for value in values]
+        for change in changes:
+            results = [run(replace(METHODS[name], **change), worlds[seed], seed, num_steps) for seed in worlds]
+            means = {key: round(statistics.mean(r[key] for r in results), 4) for key in results[0]}
+            print(name, change, means, flush=True)
+
+
+def run_mixing(world: World, seed: int, num_steps: int) -> dict[str, float]:
+    """The best rho of the grid by test accuracy: favoured, as the bar that selection has to pass."""
+    runs = [run(replace(METHODS["mixing"], rho=rho), world, seed, num_steps) | {"rho": rho} for rho in MIXING_RHO]
+    return max(runs, key=lambda results: results["accuracy_best"])
+
+
+def aggregate(rows: list[dict]) -> dict[str, dict]:
+    aggregates = {}
+    for name, metric in product(METHODS, METRICS):
+        values = [row[metric] for row in rows if row["method"] == name and metric in row]
+        if values:
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            key = metric if name == "tamis" else f"{name}_{metric}"
+            aggregates[key] = {"mean": statistics.mean(values), "std": spread, "num_seeds": len(values)}
+    return aggregates
+
+
+def print_table(rows: list[dict], aggregates: dict[str, dict]) -> None:
+    print(f"{'method':<16}" + "".join(f"{metric:>20}" for metric in METRICS) + f"{'seconds':>10}")
+    for name in METHODS:
+        cells = ""
+        for metric in METRICS:
+            found = aggregates.get(metric if name == "tamis" else f"{name}_{metric}")
+            cells += f"{found['mean']:>10.4f} +- {found['std']:.4f}" if found else f"{'-':>20}"
+        seconds = statistics.mean(row["seconds"] for row in rows if row["method"] == name)
+        print(f"{name:<16}{cells}{seconds:>10.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="MNIST data hyper-cleaning with a linear model")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="one seed and 200 iterations: shows that it runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--tune", nargs="*", choices=ALTERNATIVES, help="print other settings on held-out validation rows, and stop"
+    )
+    args = parser.parse_args()
+    if not DATA.is_file():
+        print(f"hypercleaning: skipped, {DATA} is absent")
+        return
+    torch.set_num_threads(1)
+    num_steps, seeds = (200, args.seeds[:1]) if args.quick else (2_000, args.seeds)
+    if args.tune is not None:
+        tune(args.tune or list(ALTERNATIVES), num_steps)
+        return
+
+    rows = []
+    for seed in seeds:
+        world = make_world(seed)
+        for name, method in METHODS.items():
+            results = run_mixing(world, seed, num_steps) if name == "mixing" else run(method, world, seed, num_steps)
+            rows.append({"method": name, "seed": seed, **results})
+            print(f"seed {seed} {name}: {results}", file=sys.stderr, flush=True)
+    aggregates = aggregate(rows)
+    print_table(rows, aggregates)
+    settings = {name: asdict(method) for name, method in METHODS.items()}
+    report = {
+        "settings": {"num_steps": num_steps, "seeds": seeds, "batch_size": BATCH_SIZE, "methods": settings},
+        "machine": {"platform": platform.platform(), "processor": platform.processor(), "num_threads": 1},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "rows": rows,
+        "aggregates": aggregates,
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The demo's world, made on the spot: a tiny base model, doubtful rows, trusted rows, held-out rows, and the truth.
+
+Questions are operations on words of five letters, `<reverse>abcde=`. The base model is pretrained on a mixture: each
+answer is the right one or, as often, that of another operation. So it knows how to answer rightly and wrongly, and does
+neither well nor reliably; the training rows are half wrong in the same way. Every file follows from the seed.
+"""
+
+import json
+import random
+import shutil
+import string
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from trl import SFTConfig
+
+from tamis.compare import Task
+from tamis.recorder import write_atomically
+from tamis.scout import PlainTrainer
+
+WORLD_VERSION = 1
+SCENARIOS = ("half_wrong", "unlike_entropy")
+LETTERS = string.ascii_lowercase[:12]
+WORD_LENGTH = 5
+Operation = Callable[[str, random.Random], str]
+
+
+def _shift(word: str, by: int) -> str:
+    return "".join(LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)] for letter in word)
+
+
+EASY: dict[str, Operation] = {
+    "reverse": lambda word, rng: word[::-1],
+    "next": lambda word, rng: _shift(word, 1),
+    "swap": lambda word, rng: word[3:] + word[:3],
+    "before": lambda word, rng: _shift(word, -1),
+    "left": lambda word, rng: word[1:] + word[0],
+    "mirror": lambda word, rng: "".join(LETTERS[-1 - LETTERS.index(letter)] for letter in word),
+    "ends": lambda word, rng: word[-1] + word[1:-1] + word[0],
+    "right": lambda word, rng: word[-1] + word[:-1],
+}
+# Answers with many valid forms: the letters of the word, or of the shifted word, in any order.
+OPEN: dict[str, Operation] = {
+    "shuffle": lambda word, rng: "".join(rng.sample(word, len(word))),
+    "shuffle next": lambda word, rng: "".join(rng.sample(_shift(word, 3), len(word))),
+}
+
+
+def draw_rows(
+    families: dict[str, dict[str, Operation]], num_rows: int, wrong_fraction: float, taken: set[str], rng: random.Random
+) -> list[dict[str, Any]]:
+    """Questions that are not in ``taken`` (they are added), with right answers or those of the family's next operation.
+
+    A question is drawn again where its right and its wrong answer agree in more than three places in ten.
+    """
+    rows: list[dict[str, Any]] = []
+    while len(rows) < num_rows:
+        family = rng.choice(list(families))
+        names = list(families[family])
+        kind = rng.randrange(len(names))
+        word = "".join(rng.choices(LETTERS, k=WORD_LENGTH))
+        prompt = f"<{names[kind]}>{word}="
+        right = families[family][names[kind]](word, rng)
+        wrong = families[family][names[(kind + 1) % len(names)]](word, rng)
+        if prompt in taken or sum(a == b for a, b in zip(right, wrong, strict=True)) > 0.3 * WORD_LENGTH:
+            continue
+        taken.add(prompt)
+        is_right = rng.random() >= wrong_fraction
+        answer = right if is_right else wrong
+        rows.append({"prompt": prompt, "completion": answer, "is_right": is_right, "family": family})
+    return rows
+
+
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Characters, and `<...>` as one symbol; the vocabulary is what occurs in ``texts``, in sorted order."""
+    splitter = pre_tokenizers.Split(Regex(r"<[^<>]*>|[^<]"), "isolated")
+    symbols = {symbol for text in texts for symbol, _ in splitter.pre_tokenize_str(text)}
+    vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<eos>", "<unk>", *sorted(symbols)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splitter
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, num_layers: int, seed: int
+) -> LlamaForCausalLM:
+    """A Llama with random weights: 4 heads, MLP three times as wide as the model, tied embeddings, 128 positions."""
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: list[dict[str, str]],
+    model_dir: Path,
+    *,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Plain SFT of ``model`` on prompt and completion pairs, saved with its tokenizer to ``model_dir`` when done."""
+    temporary = model_dir.with_name(model_dir.name + ".unfinished")
+    args = SFTConfig(
+        str(temporary),
+        max_steps=num_steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=min(100, num_steps // 4),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        activation_checkpointing=False,
+        gradient_checkpointing=None,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    trainer = PlainTrainer(model, args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+    trainer.train_with_bar("pretraining the base model")
+    trainer.save_model()
+    shutil.rmtree(model_dir, ignore_errors=True)
+    temporary.rename(model_dir)
+
+
+def make_world(
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    scenario: str = "half_wrong",
+    num_train: int = 4000,
+    num_validation: int = 64,
+    num_eval: int = 500,
+    wrong_fraction: float = 0.5,
+    pretrain_steps: int = 1000,
+) -> Task:
+    """Make the world in ``output_dir``, or take the one that is there if it has the same parameters.
+
+    Args:
+        scenario: ``half_wrong``: eight operations with one right answer each. ``unlike_entropy``: half of the questions
+            have many right answers, so that right answers of one family cost the model far more than of the other;
+            the column ``family`` of the training file tells which.
+        num_train, num_validation, num_eval: rows; no question is in two of the sets.
+        wrong_fraction: share of wrong answers among training and pretraining rows; the other rows are all right.
+
+    Raises:
+        ValueError: unknown scenario, or the folder holds another world.
+    """
+    if scenario not in SCENARIOS:
+        raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
+    folder = Path(output_dir)
+    parameters = {"version": WORLD_VERSION, **{k: v for k, v in locals().items() if k not in ("output_dir", "folder")}}
+    fingerprint = json.dumps(parameters, sort_keys=True)
+    task = Task.in_folder(folder, fingerprint)
+    manifest = folder / "world.json"
+    if manifest.is_file():
+        if manifest.read_text(encoding="utf-8") != fingerprint:
+            raise ValueError(f"{folder} holds another world: delete it or choose another folder")
+        return task
+
+    families = {"easy": EASY} if scenario == "half_wrong" else {"easy": EASY, "open": OPEN}
+    rng, taken = random.Random(seed), set[str]()
+    evaluation = draw_rows(families, num_eval, 0.0, taken, rng)
+    validation = draw_rows(families, num_validation, 0.0, taken, rng)
+    train = draw_rows(families, num_train, wrong_fraction, taken, rng)
+    pretraining = draw_rows(families, 2 * num_train, wrong_fraction, taken, rng)
+    _write(task.train_file, train)
+    _write(task.clean_file, [row for row in train if row["is_right"]])
+    _write(task.validation_file, validation)
+    _write(task.eval_file, evaluation)
+
+    pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in pretraining]
+    symbols = [f"<{name}>" for family in families.values() for name in family]
+    tokenizer = build_tokenizer([LETTERS + "=", *symbols])
+    model = build_model(tokenizer, hidden_size=96, num_layers=2, seed=seed)
+    pretrain(
+        model, tokenizer, pairs, task.model_dir, num_steps=pretrain_steps, batch_size=64, learning_rate=3e-3, seed=seed
+    )
+    write_atomically(manifest, lambda path: path.write_text(fingerprint, encoding="utf-8"))
+    return task
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,167 @@
+"""Every setting that is refused, every setting that has no effect, and what is filled in."""
+
+import logging
+
+import pytest
+import yaml
+from conftest import PLAIN, pairs
+from datasets import Dataset
+
+from tamis import BilevelConfig, BilevelTrainer
+
+
+def config(tmp_path, **settings) -> BilevelConfig:
+    return BilevelConfig(**{"output_dir": str(tmp_path)} | PLAIN | settings)
+
+
+def check(config, *, has_validation=True, has_weight=False) -> None:
+    config.check(has_validation=has_validation, has_weight=has_weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rho": 1.5}, "rho must lie between 0 and 1, got 1.5"),
+        ({"rho": -0.1}, "rho must lie between 0 and 1"),
+        ({"rho_start": 2.0}, "rho_start must lie between 0 and 1, got 2.0"),
+        ({"rho_decay_ratio": 1.1}, "rho_decay_ratio must lie between 0 and 1"),
+        ({"selector_learning_rate": 0.0}, "selector_learning_rate must be positive"),
+        ({"bmo_temperature": 0.0}, "bmo_temperature must be positive"),
+        ({"packing": True}, "packing joins rows"),
+        ({"eval_packing": True}, "packing joins rows"),
+        ({"padding_free": True}, "padding_free joins"),
+        ({"loss_type": "dft"}, "use --loss_type nll"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skip_prepare_dataset is not supported"),
+        ({"scout_ratio": 0.2, "selector": "softmax"}, "leave --scout_ratio out"),
+        ({"scout_ratio": 0.2, "reference": "tracked"}, "leave --scout_ratio out"),
+        ({"selector": "column"}, "name it by --weight_column"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        check(config(tmp_path, **settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"selector": "bmo"}, {"selector": "sigmoid"}, {"rho": 0.0}])
+def test_learning_selectors_need_a_validation_dataset(tmp_path, settings):
+    with pytest.raises(ValueError, match="needs trusted rows: give --validation_dataset"):
+        check(config(tmp_path, **settings), has_validation=False)
+
+
+def test_rho_needs_a_validation_dataset(tmp_path):
+    with pytest.raises(ValueError, match="set --rho 0"):
+        check(config(tmp_path, selector="none"), has_validation=False)
+    check(config(tmp_path, selector="none", rho=0.0), has_validation=False)
+    check(config(tmp_path, selector="column", rho=0.0), has_validation=False, has_weight=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"score_map": "softmax", "selector": "sigmoid"}, "score_map"),
+        ({"selector_learning_rate": 0.1, "selector": "bmo"}, "selector_learning_rate"),
+        ({"bmo_temperature": 0.1}, "bmo_temperature"),
+        ({"reference": "zero", "selector": "none"}, "reference"),
+        ({"scout_learning_rate": 1e-5, "scout_ratio": 0.0}, "scout_learning_rate"),
+        ({"scout_learning_rate": 1e-5, "reference": "tracked"}, "scout_learning_rate"),
+        ({"reference_learning_rate": 1e-5}, "reference_learning_rate"),
+        ({"rho_decay_ratio": 0.5}, "rho_decay_ratio"),
+        ({"rho": 0.0, "selector": "none"}, "validation_dataset"),
+    ],
+)
+def test_what_has_no_effect_is_said(tmp_path, caplog, settings, name):
+    check(config(tmp_path, **settings))
+    assert [r.message.split()[0] for r in caplog.records if r.levelno == logging.WARNING] == [name]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"score_map": "softmax"},
+        {"selector_learning_rate": 1.0, "selector": "softmax"},
+        {"scout_ratio": 0.1, "scout_learning_rate": 1e-5},
+        {"reference_learning_rate": 1e-5, "reference": "tracked"},
+        {"rho_start": 0.9, "rho_decay_ratio": 0.5},
+        {"rho": 0.0, "rho_start": 0.9},
+    ],
+)
+def test_what_has_an_effect_is_not_warned_of(tmp_path, caplog, settings):
+    check(config(tmp_path, **settings))
+    assert not caplog.records
+
+
+def test_scout_learning_rate_has_an_effect_by_default(tmp_path, caplog):
+    check(config(tmp_path, scout_learning_rate=1e-5))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"selector": "best"},
+        {"reference": "none"},
+        {"score_map": "linear"},
+        {"loss_reduction": "sum"},
+        {"scout_ratio": -1.0},
+        {"scout_learning_rate": -1.0},
+        {"reference_learning_rate": 0.0, "reference": "tracked"},
+        {"per_device_validation_batch_size": 0},
+    ],
+)
+def test_values_that_mean_nothing_are_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        check(config(tmp_path, **settings))
+
+
+def test_defaults_are_resolved(tmp_path):
+    resolved = config(tmp_path, per_device_train_batch_size=3, learning_rate=1e-4, rho=0.3).resolve()
+    assert (resolved.score_map, resolved.selector_learning_rate, resolved.scout_ratio) == ("bounded", 2.5, 0.25)
+    assert resolved.scout_learning_rate == pytest.approx(1.5e-5)
+    assert (resolved.rho_start, resolved.per_device_validation_batch_size) == (0.3, 3)
+    given = config(tmp_path, scout_ratio=0.0, per_device_validation_batch_size=2, rho_start=1.0).resolve()
+    assert (given.scout_ratio, given.per_device_validation_batch_size, given.rho_start) == (0.0, 2, 1.0)
+    assert "scout_ratio = 0.0 (as given)" in given.announcements
+
+
+@pytest.mark.parametrize(
+    ("settings", "scout_ratio"),
+    [({"reference": "tracked"}, 0), ({"selector": "softmax"}, 0), ({"reference": "zero"}, 0.25)],
+)
+def test_scouting_is_the_default_only_where_it_can_settle_scores(tmp_path, settings, scout_ratio):
+    assert config(tmp_path, **settings).resolve().scout_ratio == scout_ratio
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rho": 0.25, "selector": "bmo", "bmo_temperature": 0.2},
+        {"eval_strategy": "steps", "eval_steps": 5, "lr_scheduler_type": "cosine"},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"max_length": None},
+        {"eos_token": "<eos>"},
+    ],
+)
+def test_given_settings_replay_the_run(tmp_path, settings):
+    first = config(tmp_path, **settings)
+    again = BilevelConfig(**yaml.safe_load(yaml.safe_dump(first.given_settings)))
+    assert again.to_dict() == first.to_dict()
+    assert all(getattr(again, name) == value for name, value in settings.items())
+
+
+def test_secrets_are_not_written_down(tmp_path):
+    given = config(tmp_path, hub_token="hf_secret").given_settings
+    assert "hf_secret" not in str(given)
+
+
+@pytest.mark.parametrize("settings", [{"packing": True}, {"padding_free": True}])
+def test_settings_are_refused_before_the_model_is_loaded(tmp_path, settings):
+    rows = Dataset.from_list(pairs(3))
+    with pytest.raises(ValueError, match="joins"):
+        BilevelTrainer(
+            "no/such-model",
+            config(tmp_path, **settings),
+            train_dataset=rows,
+            validation_dataset=Dataset.from_list(pairs(2, 9)),
+        )

@@ -1,0 +1,39 @@
+"""`tamis demo` end to end on few steps: the files it promises, and that a second call makes nothing again."""
+
+import json
+
+import pytest
+
+import tamis.demo
+from tamis.cli import main
+from tamis.demo import MIXING_RHOS
+from tamis.synthetic import make_world
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    def small(output_dir, *, seed, scenario):
+        return make_world(output_dir, seed=seed, scenario=scenario, num_train=200, num_eval=50, pretrain_steps=2)
+
+    monkeypatch.setattr(tamis.demo, "make_world", small)
+
+
+def test_the_demo_writes_table_and_picture_and_does_not_repeat_itself(small_world, tmp_path, capfd):
+    command = ["demo", "--output_dir", str(tmp_path / "demo"), "--max_steps", "6"]
+    assert main(command) == 0
+    table = capfd.readouterr().out
+    rows = json.loads((tmp_path / "demo" / "comparison.json").read_text())
+    names = [row["method"] for row in rows]
+    assert len(rows) == 5 + len(MIXING_RHOS)
+    assert {"plain SFT", "validation only", "softmax (published)", "tamis", "oracle (right rows)"} < set(names)
+    keys = {"method", "test_loss", "test_accuracy", "gap_closure", "selection_auroc", "seconds"}
+    for row in rows:
+        assert keys <= set(row)
+        assert (row["selection_auroc"] is not None) == (row["method"] in ("tamis", "softmax (published)"))
+        assert row["method"] in table
+    assert (tmp_path / "demo" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "demo" / "runs" / "tamis" / "weights.parquet").is_file()
+
+    assert main(command) == 0
+    assert "Loading weights" not in capfd.readouterr().err
+    assert json.loads((tmp_path / "demo" / "comparison.json").read_text()) == rows

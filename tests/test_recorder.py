@@ -1,0 +1,249 @@
+"""What a run leaves behind, and that a run cut short continues as if nothing had happened."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import assert_close, lora, pairs, parameters, read_jsonl
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from tamis import BilevelConfig
+from tamis.data import content_hashes
+from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, write_atomically
+
+TRAIN, TRUSTED, HELD_OUT = pairs(7) + pairs(5, 50, wrong=True), pairs(4, 95), pairs(3, 60)
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "folder" / "file.txt"
+    write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"], "and nothing beside it"
+
+
+def test_metrics_are_strict_json(tmp_path):
+    recorder = Recorder(tmp_path / "run")
+    values = {"nan": float("nan"), "infinite": float("inf"), "negative": float("-inf"), "loss": 1.5, "text": "é"}
+    recorder.log({"step": 1, **values})
+    recorder.log({"step": 2})
+    nothing = {"nan": None, "infinite": None, "negative": None}
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, **values, **nothing}, {"step": 2}]
+
+
+def test_rewind_cuts_to_the_step_of_the_checkpoint(tmp_path):
+    recorder, path = Recorder(tmp_path), tmp_path / "metrics.jsonl"
+    recorder.rewind(3)
+    for step in (1, 2, 2, 3):
+        recorder.log({"step": step})
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    recorder.rewind(2)
+    assert [line["step"] for line in read_jsonl(path)] == [1, 2, 2]
+    recorder.rewind(0)
+    assert path.read_text() == ""
+
+
+def test_weights_name_every_row_of_the_user(bilevel, tmp_path):
+    too_long = {"prompt": "1" * 40, "completion": "2"}
+    rows = [row | {"source": "a.jsonl", "row": 10 + i} for i, row in enumerate([*TRAIN[:3], too_long, *TRAIN[3:]])]
+    trainer = bilevel(rows, TRUSTED, max_length=20, max_steps=3, scout_ratio=0.0)
+    trainer.train()
+    table = pq.read_table(tmp_path / "run" / "weights.parquet")
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "example_id": "int64",
+        "source": "string",
+        "row": "int64",
+        "content_hash": "string",
+        "weight": "float",
+        "score": "float",
+        "num_updates": "int32",
+        "last_loss": "float",
+        "kept": "bool",
+        "refined": "bool",
+    }
+    assert table.schema.metadata[b"tamis_format_version"] == b"1"
+    columns = table.to_pydict()
+    assert columns["example_id"] == list(range(13)) and columns["row"] == list(range(10, 23))
+    assert columns["content_hash"] == content_hashes(Dataset.from_list(rows))
+    assert [i for i, kept in enumerate(columns["kept"]) if not kept] == [3]
+    assert columns["weight"][3] == 0 and columns["num_updates"][3] == 0 and columns["last_loss"][3] is None
+    assert columns["num_updates"] == trainer.selector.num_updates_N.tolist() and sum(columns["num_updates"]) == 12
+    weights = trainer.selector.all_weights().tolist()
+    assert [w for i, w in enumerate(columns["weight"]) if i != 3] == [w for i, w in enumerate(weights) if i != 3]
+    assert set(columns["source"]) == {"a.jsonl"}
+
+
+def test_a_run_leaves_its_settings_and_metrics(bilevel, tmp_path):
+    settings = {"rho": 0.25, "max_steps": 3, "scout_ratio": 0.0, "eval_strategy": "steps", "eval_steps": 3}
+    trainer = bilevel(TRAIN, TRUSTED, HELD_OUT, **settings)
+    trainer.train()
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    info = config.pop("run_info")
+    assert config.items() >= settings.items() and "selector" not in config
+    assert BilevelConfig(**config).to_dict() == trainer.args.to_dict()
+    assert info["format_version"] == 1 and info["versions"].keys() >= {"torch", "trl", "tamis"}
+    assert info["dataset_fingerprints"].keys() == {"train_dataset", "validation_dataset", "eval_dataset"}
+    assert len(set(info["dataset_fingerprints"].values())) == 3
+    assert any(line.startswith("score_map = bounded") for line in info["resolved"])
+
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 3, 3]
+    shown = {"loss", "lower_loss", "weighted_lower_loss", "upper_loss", "penalty_gap", "rho", "ess", "ess_ratio"}
+    assert all(line.keys() >= shown | {"weight_entropy", "num_tokens"} for line in lines[:3])
+    assert lines[3].keys() >= {"eval_loss", "eval_exact_match"} and lines[4].keys() >= {"train_runtime"}
+    assert all(0 < line["ess_ratio"] <= 1 for line in lines[:3])
+    assert not [path for path in (tmp_path / "run").rglob("*.tmp")]
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def timeless(path: Path) -> list[dict]:
+    """Metrics without what the clock says."""
+    lines = read_jsonl(path / "metrics.jsonl")
+    return [
+        {k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k}
+        for line in lines
+        if "train_runtime" not in line
+    ]
+
+
+RUNS = {
+    "scouted": {},
+    "accumulation": {"scout_ratio": 0.0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "tracked": {"reference": "tracked"},
+    "lora dropout, scouted": {"peft_config": True},
+    "lora dropout, tracked": {"peft_config": True, "reference": "tracked"},
+}
+# Three steps make an epoch: killed after step 3, a run resumes in the middle of the first.
+SETTINGS = {
+    "max_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "learning_rate": 1e-2,
+}
+
+
+@pytest.fixture
+def run(bilevel, tmp_path):
+    def make(name, *, train=TRAIN, kill=None, **settings):
+        settings = SETTINGS | {"output_dir": str(tmp_path / name)} | settings
+        if settings.pop("peft_config", None):
+            settings["peft_config"] = lora(lora_dropout=0.3)
+        return bilevel(train, TRUSTED, HELD_OUT, callbacks=[Kill(kill)] if kill else None, **settings)
+
+    return make
+
+
+def cut_short(run, name="cut", kill=3, **settings):
+    with pytest.raises(Killed):
+        run(name, kill=kill, **settings).train()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path, name):
+    whole = run("whole", **RUNS[name])
+    whole.train()
+    cut_short(run, **RUNS[name])
+    resumed = run("cut", **RUNS[name])
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+
+    assert_close(parameters(resumed.model), parameters(whole.model), atol=0)
+    for part in ("selector", "reference"):
+        expected = getattr(whole, part).state_dict()
+        actual = getattr(resumed, part).state_dict()
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(t.nan_to_num(-1), expected[n].nan_to_num(-1)) for n, t in actual.items())
+    tables = [pq.read_table(tmp_path / folder / "weights.parquet") for folder in ("cut", "whole")]
+    assert tables[0].equals(tables[1])
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch(run, tmp_path):
+    settings = {"scout_ratio": 0.0, "save_steps": 3, "eval_steps": 3}
+    whole = run("whole", **settings)
+    whole.train()
+    cut_short(run, kill=4, **settings)
+    resumed = run("cut", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert_close(parameters(resumed.model), parameters(whole.model), atol=0)
+
+
+@pytest.mark.parametrize("state", [None, '{"global_step": 4, "epo'])
+def test_a_half_written_checkpoint_is_passed_over(run, tmp_path, state):
+    cut_short(run)
+    folder = tmp_path / "cut"
+    half = folder / "checkpoint-4"
+    shutil.copytree(folder / "checkpoint-2", half)
+    (half / "model.safetensors").write_bytes(b"half")
+    (half / "trainer_state.json").unlink()
+    if state is not None:
+        (half / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert checkpoint_step(folder / "checkpoint-2") == 2
+    resumed = run("cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+
+
+def test_there_is_nothing_to_resume_from(run, tmp_path):
+    with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
+        run("empty").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "train", [TRAIN[:-1], [*TRAIN[1:], TRAIN[0]], [*TRAIN[:-1], {"prompt": "5=", "completion": "q"}]]
+)
+def test_another_dataset_is_refused_and_nothing_is_lost(run, tmp_path, train):
+    """Fewer rows, another order, or another row: the scores would belong to other rows than they were learned from."""
+    cut_short(run)
+    before = {
+        name: (tmp_path / "cut" / name).read_bytes() for name in ("metrics.jsonl", "config.yaml", "weights.parquet")
+    }
+    with pytest.raises(ValueError, match="dataset"):
+        run("cut", train=train).train(resume_from_checkpoint=True)
+    assert {name: (tmp_path / "cut" / name).read_bytes() for name in before} == before
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(run, tmp_path):
+    cut_short(run)
+    (tmp_path / "cut" / "checkpoint-2" / "tamis.safetensors").unlink()
+    with pytest.raises(ValueError, match="was not written by tamis"):
+        run("cut").train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_hold_no_pickle_of_ours(run, tmp_path):
+    cut_short(run)
+    own = {path.name for path in (tmp_path / "cut" / "checkpoint-2").iterdir() if "tamis" in path.name}
+    assert own == {"tamis.safetensors"}
+    assert json.loads((tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2

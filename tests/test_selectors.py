@@ -1,0 +1,317 @@
+"""Selectors against hand-computed examples, torch's own softmax and Adam, and what must hold after any update."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tamis.selectors import (
+    SCORE_MAPS,
+    SELECTOR_NAMES,
+    AdamSelector,
+    BmoSelector,
+    ColumnSelector,
+    MirrorSelector,
+    ScoreTable,
+    make_selector,
+)
+
+LEARNING = ("mirror", "softmax", "sigmoid", "bmo")
+
+
+def batches(num_examples: int, num_steps: int, batch_size: int = 8, seed: int = 0):
+    """Distinct rows and their losses, step by step."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_steps):
+        ids = torch.randperm(num_examples, generator=generator)[:batch_size]
+        yield ids, 2 + torch.randn(len(ids), generator=generator)
+
+
+def selector_of(name: str, num_examples: int, **settings):
+    weight_N = torch.arange(num_examples, dtype=torch.float64) if name == "column" else None
+    return make_selector(name, num_examples, weight_N=weight_N, **settings)
+
+
+def snapshot(selector) -> dict[str, torch.Tensor]:
+    """A copy of its state, in which NaN (a row not seen yet) equals NaN."""
+    return {
+        n: t.clone().nan_to_num(-1) if t.is_floating_point() else t.clone() for n, t in selector.state_dict().items()
+    }
+
+
+# --- the score table --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score_map", SCORE_MAPS)
+def test_sums_after_many_updates_are_those_of_the_scores(score_map):
+    table = ScoreTable(203, score_map)
+    for ids, values in batches(203, num_steps=1000, batch_size=7):
+        table.set(ids, table.score_N[ids] + values - 2)  # random walks, far from one another in the end
+    f = table.mapped(table.score_N)
+    expected = torch.stack([f.sum(), f.square().sum(), torch.special.xlogy(f, f).sum()])
+    torch.testing.assert_close(table.sums, expected, rtol=1e-9, atol=0)
+    assert 0 < table.num_stale < 203, "between two recomputations"
+
+
+@pytest.mark.parametrize("score_map", SCORE_MAPS)
+def test_incremental_weights_equal_those_of_a_fresh_table(score_map):
+    table, fresh = ScoreTable(101, score_map), ScoreTable(101, score_map)
+    for step, (ids, values) in enumerate(batches(101, num_steps=500, batch_size=3)):
+        table.set(ids, table.score_N[ids] + values - 2)
+        if step % 50 == 49:
+            fresh.score_N = table.score_N.clone()
+            fresh._recompute()
+            torch.testing.assert_close(
+                table.weights_of(table.score_N), fresh.weights_of(table.score_N), rtol=1e-6, atol=0
+            )
+            assert table.effective_sample_size() == pytest.approx(fresh.effective_sample_size(), rel=1e-9)
+            assert table.entropy() == pytest.approx(fresh.entropy(), rel=1e-9)
+
+
+def test_softmax_map_is_the_softmax():
+    table = ScoreTable(50, "softmax")
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 5
+    table.set(torch.arange(50), scores)
+    probabilities = torch.softmax(scores.double(), dim=0)
+    torch.testing.assert_close(table.weights_of(scores), (50 * probabilities).float())
+    assert table.entropy() == pytest.approx(torch.special.entr(probabilities).sum().item())
+    assert table.effective_sample_size() == pytest.approx(1 / probabilities.square().sum().item())
+
+
+def test_bounded_map_bounds_every_weight():
+    table = ScoreTable(100, "bounded")
+    table.set(torch.tensor([0]), torch.tensor([1e4]))
+    assert table.weights_of(table.score_N).max() < 2
+    torch.testing.assert_close(table.weights_of(table.score_N).mean(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("score", [250.0, 5e3, 1e30])
+def test_scores_that_overflow_exp(score):
+    table = ScoreTable(10, "softmax")
+    table.set(torch.tensor([3, 4]), torch.tensor([score, score]))
+    expected = torch.zeros(10)
+    expected[3:5] = 5
+    torch.testing.assert_close(table.weights_of(table.score_N), expected)
+    assert table.effective_sample_size() == pytest.approx(2)
+    assert table.entropy() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("score_map", SCORE_MAPS)
+def test_sums_survive_a_row_that_had_all_the_weight_and_lost_it(score_map):
+    """The difference of two large sums has no correct digits left: it must not be relied on."""
+    low = 0.0 if score_map == "softmax" else -100.0
+    table = ScoreTable(1000, score_map)
+    table.set(torch.arange(1000), torch.full((1000,), low))
+    table.set(torch.tensor([0]), torch.tensor([low + 100]))
+    table.set(torch.tensor([0]), torch.tensor([low]))
+    torch.testing.assert_close(table.weights_of(table.score_N), torch.ones(1000))
+
+
+def test_unknown_score_map_is_refused():
+    with pytest.raises(ValueError, match="bounded, softmax"):
+        ScoreTable(3, "linear")
+
+
+# --- every selector ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score_map", SCORE_MAPS)
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+def test_update_touches_only_its_rows_and_keeps_the_mean(name, score_map):
+    selector = selector_of(name, 60, score_map=score_map)
+    for ids, loss in batches(60, num_steps=40):
+        others = torch.ones(60, dtype=torch.bool)
+        others[ids] = False
+        scores, updates = selector.table.score_N[others].clone(), selector.num_updates_N.clone()
+        before = snapshot(selector)
+        selector.weights(ids, loss)
+        assert snapshot(selector).keys() == before.keys()
+        assert all(torch.equal(t, before[n]) for n, t in snapshot(selector).items()), "weights() must change nothing"
+        selector.update(ids, loss, loss)
+        assert torch.equal(selector.table.score_N[others], scores)
+        assert torch.equal(selector.num_updates_N - updates, (~others).int())
+        assert torch.equal(selector.last_loss_N[ids], loss)
+    weights = selector.all_weights()
+    assert weights.dtype == torch.float32 and (weights >= 0).all()
+    assert weights.double().mean().item() == pytest.approx(1, abs=1e-6)
+    assert selector.effective_sample_size() == pytest.approx(
+        (weights.sum() ** 2 / weights.square().sum()).item(), rel=1e-5
+    )
+    p = weights.double() / 60
+    assert selector.entropy() == pytest.approx(torch.special.entr(p).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+def test_state_dict_round_trip_is_bit_for_bit(name):
+    first, second = (selector_of(name, 40) for _ in range(2))
+    steps = list(batches(40, num_steps=30))
+    for ids, loss in steps[:15]:
+        first.update(ids, loss, loss)
+    second.load_state_dict({n: t.clone() for n, t in first.state_dict().items()})
+    for ids, loss in steps[15:]:
+        assert torch.equal(first.weights(ids, loss), second.weights(ids, loss))
+        first.update(ids, loss, loss)
+        second.update(ids, loss, loss)
+    assert all(torch.equal(t, snapshot(second)[n]) for n, t in snapshot(first).items())
+    assert first.effective_sample_size() == second.effective_sample_size()
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+def test_a_state_of_another_number_of_rows_is_refused(name):
+    with pytest.raises(ValueError, match="scores 5 training rows, the dataset has 6: resume with the dataset"):
+        selector_of(name, 6).load_state_dict(selector_of(name, 5).state_dict())
+
+
+def test_unknown_selector_is_refused():
+    with pytest.raises(ValueError, match="mirror, softmax, sigmoid"):
+        make_selector("best", 3)
+
+
+class OnlyRowsOfTheBatch(TorchDispatchMode):
+    """Fails on any operation that walks over a tensor of N values; reading and writing single rows is allowed."""
+
+    def __init__(self, num_examples: int):
+        super().__init__()
+        self.num_examples, self.num_operations = num_examples, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [a for a in args if isinstance(a, torch.Tensor) and a.numel() >= self.num_examples]
+        name = func.overloadpacket.__name__
+        assert not tensors or name in ("index", "index_put_"), f"{name} works on all {self.num_examples} rows"
+        self.num_operations += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_step_costs_the_batch_and_not_the_dataset(name):
+    selector = make_selector(name, 10**6)
+    steps = [(torch.arange(8 * i, 8 * i + 8), loss) for i, (_, loss) in enumerate(batches(50, num_steps=4))]
+    with OnlyRowsOfTheBatch(10**6) as mode:
+        for ids, loss in steps:
+            selector.weights(ids, loss)
+            selector.update(ids, loss, loss)
+            selector.effective_sample_size(), selector.entropy()
+    assert mode.num_operations > 40
+    assert selector.num_updates_N.sum() == 32
+
+
+@pytest.mark.parametrize(("name", "num_bytes"), [("mirror", 12), ("bmo", 12), ("softmax", 20), ("sigmoid", 20)])
+def test_memory_per_row(name, num_bytes):
+    state = make_selector(name, 10_000).state_dict()
+    assert sum(t.numel() * t.element_size() for t in state.values()) / 10_000 == pytest.approx(num_bytes, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["mirror", "bmo"])
+def test_scores_are_settled_by_a_scout(name):
+    selector = make_selector(name, 6)
+    selector.judge(torch.arange(5), torch.arange(5.0), torch.arange(5.0))
+    scores = selector.table.score_N.clone()
+    assert (scores[:4].diff() < 0).all() and scores[5] == 0
+    selector.update(torch.arange(3), torch.tensor([9.0, 9, 9]), torch.tensor([9.0, 9, 9]))
+    assert torch.equal(selector.table.score_N, scores)
+    assert torch.equal(selector.weights(torch.arange(6), torch.zeros(6)), selector.all_weights())
+    assert selector.num_updates_N.tolist() == [2, 2, 2, 1, 1, 0]
+
+
+# --- mirror -----------------------------------------------------------------------------------------------------------
+
+
+def test_mirror_on_a_hand_computed_example():
+    selector = MirrorSelector(4, "bounded", learning_rate=0.5)
+    selector.center, selector.scale = 1.0, 0.5
+    ids, excess = torch.tensor([2, 0, 3]), torch.tensor([2.0, 0.5, 9.0])
+    # z = 2, -1 and 16, which is clipped at 3
+    # In the sum each row enters with its new score, and the three others as they were, with sigmoid(0).
+    mapped = torch.sigmoid(torch.tensor([-1.0, 0.5, -1.5]))
+    weights = 4 * mapped / (3 * 0.5 + mapped)
+    torch.testing.assert_close(selector.weights(ids, excess), weights)
+    selector.update(ids, excess + 7, excess)
+    torch.testing.assert_close(selector.table.score_N, torch.tensor([0.5, 0.0, -1.0, -1.5]))
+    mapped = torch.sigmoid(torch.tensor([0.5, 0.0, -1.0, -1.5]))
+    torch.testing.assert_close(selector.all_weights(), mapped / mapped.mean())
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_mirror_learns_center_and_scale_of_the_excess(batch_size):
+    selector = MirrorSelector(500, "bounded", learning_rate=0.1)
+    for ids, loss in batches(500, num_steps=200, batch_size=batch_size):
+        selector.update(ids, loss, 3 * loss)
+    assert selector.center == pytest.approx(6, abs=2)
+    assert selector.scale == pytest.approx(3, rel=0.35)
+
+
+def test_mirror_judges_by_the_moments_of_the_rows_themselves():
+    selector = MirrorSelector(3, "bounded", learning_rate=2.0)
+    excess = torch.tensor([1.0, 2.0, 3.0])
+    selector.judge(torch.arange(3), excess, excess)
+    sigma = math.sqrt(2 / 3)
+    torch.testing.assert_close(selector.table.score_N, torch.tensor([2 / sigma, 0, -2 / sigma]))
+
+
+@pytest.mark.parametrize("first", [torch.zeros(4), torch.tensor([2.0, 2.1, 1.9, 2.0])])
+def test_mirror_needs_a_scale_before_it_judges(first):
+    """Rows whose losses are all alike must not be thrown out because they came before the scale was known."""
+    selector = MirrorSelector(12, "bounded", learning_rate=2.5)
+    for i, excess in enumerate([first, first + torch.tensor([0.01, -0.01, 0.02, -0.02])]):
+        ids = torch.arange(4 * i, 4 * i + 4)
+        selector.update(ids, excess, excess)
+        assert selector.table.score_N[ids].abs().mean() < 2.5 * 1.5, "not all at the bound of the clip"
+        assert selector.table.score_N[ids].mean().abs() < 2.5
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score_map", ["softmax", "bounded"])
+def test_adam_equals_torch_where_every_row_is_in_each_batch(score_map):
+    num = 12
+    selector = AdamSelector(num, score_map, learning_rate=0.1)
+    logits = torch.zeros(num, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(25):
+        excess = torch.randn(num, generator=generator)
+        if score_map == "softmax":
+            weights = num * torch.softmax(logits, dim=0)
+        else:  # the published rule has no normaliser: it only scales the gradient
+            weights = torch.sigmoid(logits) / torch.sigmoid(logits).mean().detach()
+        torch.testing.assert_close(selector.weights(torch.arange(num), excess), weights.detach(), rtol=1e-4, atol=1e-5)
+        optimizer.zero_grad()
+        (weights * excess).mean().backward()
+        optimizer.step()
+        order = torch.randperm(num, generator=generator)
+        selector.update(order, excess[order], excess[order])
+    torch.testing.assert_close(selector.table.score_N, logits.detach(), rtol=1e-4, atol=1e-4)
+    assert logits.abs().max() > 0.3
+
+
+def test_bmo_is_the_softmax_of_the_last_losses():
+    selector = BmoSelector(20, "softmax", temperature=0.5)
+    last = torch.zeros(20)
+    for order in torch.arange(20).view(5, 4), torch.arange(20).flip(0).view(5, 4):
+        for ids in order:
+            last[ids] = torch.randn(4, generator=torch.Generator().manual_seed(int(ids[0])))
+            selector.update(ids, last[ids], last[ids])
+    torch.testing.assert_close(selector.all_weights(), 20 * torch.softmax(-last / 0.5, dim=0))
+
+
+def test_no_weight_exceeds_the_number_of_rows():
+    """The loss just measured counts already, so the row's own new value belongs into the sum as well."""
+    selector = BmoSelector(1000, "softmax", temperature=0.1)
+    assert selector.weights(torch.arange(2), torch.tensor([-30.0, 1.0])).max() <= 1000
+
+
+def test_column_is_divided_by_its_mean():
+    selector = ColumnSelector(torch.tensor([0.0, 3.0, 1.0, 0.0]))
+    assert selector.all_weights().tolist() == [0, 3, 1, 0]
+    assert ColumnSelector(torch.tensor([0.0, 6.0, 2.0, 0.0])).all_weights().tolist() == [0, 3, 1, 0]
+    assert selector.weights(torch.tensor([2, 1]), torch.zeros(2)).tolist() == [1, 3]
+    assert selector.effective_sample_size() == pytest.approx(1.6)
+
+
+def test_none_weighs_every_row_alike():
+    selector = make_selector("none", 5)
+    selector.update(torch.arange(5), torch.arange(5.0), torch.arange(5.0))
+    assert selector.all_weights().tolist() == [1] * 5
+    assert not selector.uses_excess and not selector.needs_validation
