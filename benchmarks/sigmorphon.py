@@ -24,6 +24,12 @@ from tamis.synthetic import build_model, build_tokenizer, pretrain
 LANGUAGES = ("english", "spanish", "turkish", "german")
 NUM_VALIDATION, NUM_TRAIN = 200, 4000
 RHOS = (0.1, 0.3, 0.8)
+PRETRAIN_STEPS = 2500
+SETTINGS = {
+    "max_steps": 900, "learning_rate": 2e-3, "warmup_steps": 20, "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 250, "logging_steps": 100, "save_strategy": "no", "max_length": 128,
+    "report_to": "none", "bf16": False, "activation_checkpointing": False, "use_cpu": True,
+}  # fmt: skip
 Row = tuple[str, str, str]  # lemma, form, tags
 
 
@@ -113,17 +119,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps of everything: shows that it runs")
     arguments = parser.parse_args()
     skip_without_data("sigmorphon2017")
-    pretrain_steps, max_steps = (20, 20) if arguments.quick else (2500, 900)
+    pretrain_steps = 20 if arguments.quick else PRETRAIN_STEPS
 
     all_rows = []
     for seed in arguments.seeds:
         folder = arguments.output_dir / f"seed{seed}"
         task = make_task(folder / "task", seed, pretrain_steps)
-        common = {
-            "max_steps": max_steps, "learning_rate": 2e-3, "warmup_steps": 20, "per_device_train_batch_size": 16,
-            "per_device_eval_batch_size": 250, "logging_steps": 100, "save_strategy": "no", "max_length": 128,
-            "seed": seed, "report_to": "none", "bf16": False, "activation_checkpointing": False, "use_cpu": True,
-        }  # fmt: skip
+        common = SETTINGS | {"seed": seed} | ({"max_steps": 20} if arguments.quick else {})
         rows = compare_methods(task, folder, common, RHOS)
         print(f"seed {seed}\n{format_table(rows)}", flush=True)
         all_rows += [row | {"seed": seed} for row in rows]

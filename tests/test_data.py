@@ -457,7 +457,7 @@ def test_overlap(tmp_path, caplog):
     assert check_overlap(train, rows("val.jsonl", "xy"), rows("test.jsonl", "z")) == []
     assert check_overlap(train, rows("val.jsonl", "xy")) == []
 
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="tamis"):
         found = check_overlap(train, rows("val.jsonl", "xhba"), rows("test.jsonl", "cdefz"))
     assert len(found) == 2
     assert found[0].startswith(

@@ -15,6 +15,7 @@ from tamis.selectors import (
     MirrorSelector,
     ScoreTable,
     make_selector,
+    separation,
 )
 
 LEARNING = ("mirror", "softmax", "sigmoid", "bmo")
@@ -315,3 +316,32 @@ def test_none_weighs_every_row_alike():
     selector.update(torch.arange(5), torch.arange(5.0), torch.arange(5.0))
     assert selector.all_weights().tolist() == [1] * 5
     assert not selector.uses_excess and not selector.needs_validation
+
+
+def test_separation_of_one_bell_is_one_and_grows_with_the_distance_of_two():
+    bell = torch.randn(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def separation_of(distance: float) -> float:
+        values = bell + distance * (torch.arange(len(bell)) % 2)
+        return separation((values - values.mean()) / values.std())
+
+    assert separation_of(0.0) == pytest.approx(1.0, abs=0.03)
+    assert separation_of(2.0) < separation_of(4.0) < separation_of(6.0)
+    # Two bells so far apart that the halves are the bells: slope = d / var, in units of the standard deviation of all.
+    d, std_of_all = 6.0, (1 + 6.0**2 / 4) ** 0.5
+    assert separation_of(d) == pytest.approx(d * std_of_all / 4.3915, rel=0.03)
+    assert separation(torch.zeros(5)) == 1.0
+
+
+def test_judging_is_sharper_where_two_kinds_stand_apart():
+    noise = 0.1 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    is_wrong = torch.arange(1000) % 2 == 0
+
+    def weight_of_wrong_rows(distance: float) -> float:
+        selector = make_selector("mirror", 1000)
+        excess = noise + distance * is_wrong
+        selector.judge(torch.arange(1000), excess, excess)
+        return (selector.all_weights()[is_wrong].sum() / 1000).item()
+
+    assert weight_of_wrong_rows(1.0) < 0.01
+    assert weight_of_wrong_rows(0.3) < weight_of_wrong_rows(0.1) < 0.5

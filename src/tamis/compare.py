@@ -79,19 +79,19 @@ def run_method(method: Method, task: Task, output_dir: Path, common: dict[str, A
     Args:
         common: settings of `tamis train` that all methods share; those of the method win.
     """
-    output_dir = run_dir(output_dir, method.name)
-    result_file = output_dir / "result.json"
+    folder = run_dir(output_dir, method.name)
+    result_file = folder / "result.json"
     settings = common | method.settings
     identity = {"method": method.name, "task": task.fingerprint, "settings": settings}
     if result_file.is_file():
         result = json.loads(result_file.read_text())
         if result["identity"] == identity:
             return result["row"]
-    shutil.rmtree(output_dir, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     data = DataArguments(train_dataset=str(method.train_file), eval_dataset=str(task.eval_file))
     if method.settings.get("rho") != 0.0:
         data.validation_dataset = str(task.validation_file)
-    args = BilevelConfig(output_dir=str(output_dir), **settings)
+    args = BilevelConfig(output_dir=str(folder), **settings)
     logger.info(f"--- {method.name}")
     started = time.perf_counter()
     metrics = train(data, args, ModelConfig(model_name_or_path=str(task.model_dir)))
@@ -103,15 +103,16 @@ def run_method(method: Method, task: Task, output_dir: Path, common: dict[str, A
         "seconds": time.perf_counter() - started,
     }
     if args.selector not in ("none", "column"):
-        row["selection_auroc"] = auroc(*learned_weights(output_dir, task))
+        row["selection_auroc"] = auroc(*learned_weights(output_dir, method.name, task))
     text = json.dumps({"identity": identity, "row": row}, indent=1)
     write_atomically(result_file, lambda path: path.write_text(text))
     return row
 
 
-def learned_weights(run_dir: Path, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the training rows of a run, and whether each row is right."""
-    weights = pq.read_table(run_dir / "weights.parquet", columns=["weight"])["weight"].to_numpy()
+def learned_weights(output_dir: Path, method_name: str, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the training rows of a method's run, and whether each row is right."""
+    table = pq.read_table(run_dir(output_dir, method_name) / "weights.parquet", columns=["weight"])
+    weights = table["weight"].to_numpy()
     with open(task.train_file, encoding="utf-8") as file:
         is_right = np.array([json.loads(line)["is_right"] for line in file])
     return weights, is_right

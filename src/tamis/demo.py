@@ -17,6 +17,19 @@ from tamis.recorder import write_atomically
 from tamis.synthetic import make_world
 
 MIXING_RHOS = (0.1, 0.3, 0.5, 0.8)
+# What every run on the demo's world shares.
+SETTINGS: dict[str, Any] = {
+    "max_steps": 600,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 250,
+    "save_strategy": "no",
+    "max_length": 64,
+    "report_to": "none",
+    "bf16": False,
+    "activation_checkpointing": False,
+    "use_cpu": True,
+}
 
 
 @dataclass
@@ -56,7 +69,7 @@ def draw(rows: list[dict[str, Any]], task: Task, output_dir: Path) -> None:
     curves.set(xlabel="training step", ylabel="exact match on held-out rows", title="Learning curves")
     curves.legend(fontsize=8)
     for axes, name in zip(histograms, ("softmax (published)", "tamis"), strict=True):
-        weights, is_right = learned_weights(run_dir(output_dir, name), task)
+        weights, is_right = learned_weights(output_dir, name, task)
         bins = np.linspace(0, weights.max() * 1.001, 40)
         for label, mask, colour in (("right rows", is_right, "tab:green"), ("wrong rows", ~is_right, "tab:red")):
             axes.hist(weights[mask], bins, alpha=0.6, label=label, color=colour)
@@ -70,21 +83,12 @@ def run_demo(arguments: DemoArguments) -> list[dict[str, Any]]:
     """Make the world, run all methods, write table and picture, print the table; returns its rows."""
     output_dir = Path(arguments.output_dir)
     task = make_world(output_dir / "world", seed=arguments.seed, scenario=arguments.scenario)
-    common = {
+    common = SETTINGS | {
         "max_steps": arguments.max_steps,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 256,
+        "seed": arguments.seed,
         "eval_strategy": "steps",
         "eval_steps": max(arguments.max_steps // 6, 1),
         "logging_steps": max(arguments.max_steps // 12, 1),
-        "save_strategy": "no",
-        "max_length": 64,
-        "seed": arguments.seed,
-        "report_to": "none",
-        "bf16": False,
-        "activation_checkpointing": False,
-        "use_cpu": True,
     }
     rows = compare_methods(task, output_dir, common, MIXING_RHOS)
     text = json.dumps(rows, indent=1)

@@ -1,15 +1,16 @@
 """The demo's world, made on the spot: a tiny base model, doubtful rows, trusted rows, held-out rows, and the truth.
 
-Questions are operations on words of five letters, `<reverse>abcde=`. The base model is pretrained on a mixture: each
-answer is the right one or, as often, that of another operation. So it knows how to answer rightly and wrongly, and does
-neither well nor reliably; the training rows are half wrong in the same way. Every file follows from the seed.
+Questions are operations on words of five letters, `<reverse>abcde=`. A wrong answer is the right one begun a letter too
+late, `dcbae` for `edcba`. The base model is pretrained for a moment on right and wrong answers in equal parts: it is
+undecided between the two habits, and not very good at either. The training rows are half wrong in the same way.
+Every file follows from the seed.
 """
 
 import json
 import random
 import shutil
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +44,29 @@ EASY: dict[str, Operation] = {
     "ends": lambda word, rng: word[-1] + word[1:-1] + word[0],
     "right": lambda word, rng: word[-1] + word[:-1],
 }
-# Answers with many valid forms: the letters of the word, or of the shifted word, in any order.
+# Answers with many valid forms: letters of the word, or their neighbours, in any order.
 OPEN: dict[str, Operation] = {
     "shuffle": lambda word, rng: "".join(rng.sample(word, len(word))),
-    "shuffle next": lambda word, rng: "".join(rng.sample(_shift(word, 3), len(word))),
+    "shuffle next": lambda word, rng: "".join(rng.sample(_shift(word, 1), len(word))),
 }
+FAMILIES = {"easy": EASY, "open": OPEN}
+# What turns a right answer of a family into a wrong one.
+SLIPS: dict[str, Callable[[str], str]] = {"easy": lambda answer: answer[1:] + answer[0], "open": lambda a: _shift(a, 3)}
 
 
 def draw_rows(
-    families: dict[str, dict[str, Operation]], num_rows: int, wrong_fraction: float, taken: set[str], rng: random.Random
+    families: Sequence[str], num_rows: int, wrong_fraction: float, taken: set[str], rng: random.Random
 ) -> list[dict[str, Any]]:
-    """Questions that are not in ``taken`` (they are added), with right answers or those of the family's next operation.
-
-    A question is drawn again where its right and its wrong answer agree in more than three places in ten.
-    """
+    """Questions that are not in ``taken`` (they are added), each with its right answer or that answer after a slip."""
     rows: list[dict[str, Any]] = []
     while len(rows) < num_rows:
-        family = rng.choice(list(families))
-        names = list(families[family])
-        kind = rng.randrange(len(names))
+        family = rng.choice(families)
+        name = rng.choice(list(FAMILIES[family]))
         word = "".join(rng.choices(LETTERS, k=WORD_LENGTH))
-        prompt = f"<{names[kind]}>{word}="
-        right = families[family][names[kind]](word, rng)
-        wrong = families[family][names[(kind + 1) % len(names)]](word, rng)
-        if prompt in taken or sum(a == b for a, b in zip(right, wrong, strict=True)) > 0.3 * WORD_LENGTH:
+        prompt = f"<{name}>{word}="
+        right = FAMILIES[family][name](word, rng)
+        wrong = SLIPS[family](right)
+        if prompt in taken or wrong == right:
             continue
         taken.add(prompt)
         is_right = rng.random() >= wrong_fraction
@@ -155,7 +155,7 @@ def make_world(
     num_validation: int = 64,
     num_eval: int = 500,
     wrong_fraction: float = 0.5,
-    pretrain_steps: int = 1000,
+    pretrain_steps: int = 400,
 ) -> Task:
     """Make the world in ``output_dir``, or take the one that is there if it has the same parameters.
 
@@ -181,7 +181,7 @@ def make_world(
             raise ValueError(f"{folder} holds another world: delete it or choose another folder")
         return task
 
-    families = {"easy": EASY} if scenario == "half_wrong" else {"easy": EASY, "open": OPEN}
+    families = ["easy"] if scenario == "half_wrong" else ["easy", "open"]
     rng, taken = random.Random(seed), set[str]()
     evaluation = draw_rows(families, num_eval, 0.0, taken, rng)
     validation = draw_rows(families, num_validation, 0.0, taken, rng)
@@ -193,7 +193,7 @@ def make_world(
     _write(task.eval_file, evaluation)
 
     pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in pretraining]
-    symbols = [f"<{name}>" for family in families.values() for name in family]
+    symbols = [f"<{name}>" for family in families for name in FAMILIES[family]]
     tokenizer = build_tokenizer([LETTERS + "=", *symbols])
     model = build_model(tokenizer, hidden_size=96, num_layers=2, seed=seed)
     pretrain(
