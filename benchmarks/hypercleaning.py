@@ -25,27 +25,26 @@ kinds and ages, reached 0.921 to 0.926 in cross-validation: the linear model's l
 """
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import DATA, finish, skip_without_data
 from torch import Tensor
 
 from tamis.bilevel import row_coefficients
+from tamis.metrics import auroc
 from tamis.selectors import Selector, make_selector
 from tamis.stream import permutation
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist" / "mnist20k.npz"
 NUM_ROWS = 5_000
 BATCH_SIZE = 500
 EVAL_EVERY = 20
@@ -65,7 +64,7 @@ class World:
 
 def make_world(seed: int, num_held_out: int = 0) -> World:
     """The protocol's split; with ``num_held_out`` that many validation rows stand in for the test rows."""
-    arrays = np.load(DATA)
+    arrays = np.load(DATA / "mnist" / "mnist20k.npz")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(arrays["labels"]), generator=generator)
     images = torch.from_numpy(arrays["images"])[order].float() / 255
@@ -255,13 +254,10 @@ def judgement(is_kept_N: Tensor, score_N: Tensor, world: World) -> dict[str, flo
     """How well the kept rows agree with the clean ones, and the scores with the right labels."""
     num_hits = (is_kept_N & world.is_clean).sum().item()
     hits_N = world.is_clean[score_N.argsort(descending=True)].double().cumsum(0)
-    wrong = score_N[~world.is_right].sort().values
-    right = score_N[world.is_right].contiguous()
-    below = torch.searchsorted(wrong, right), torch.searchsorted(wrong, right, right=True)
     return {
         "f1": 2 * num_hits / (is_kept_N.sum().item() + world.is_clean.sum().item()),
         "f1_best_threshold": (2 * hits_N / (torch.arange(1, len(hits_N) + 1) + world.is_clean.sum())).max().item(),
-        "auroc": ((below[0] + below[1]).double().mean() / 2 / len(wrong)).item(),
+        "auroc": auroc(score_N.numpy(), world.is_right.numpy()),
     }
 
 
@@ -289,26 +285,14 @@ def run_mixing(world: World, seed: int, num_steps: int) -> dict[str, float]:
     return max(runs, key=lambda results: results["accuracy_best"])
 
 
-def aggregate(rows: list[dict]) -> dict[str, dict]:
-    aggregates = {}
+def aggregate(rows: list[dict]) -> dict[str, list[float]]:
+    """One value per seed for each figure: bare names for tamis's default, prefixed ones for the other methods."""
+    values = {}
     for name, metric in product(METHODS, METRICS):
-        values = [row[metric] for row in rows if row["method"] == name and metric in row]
-        if values:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            key = metric if name == "tamis" else f"{name}_{metric}"
-            aggregates[key] = {"mean": statistics.mean(values), "std": spread, "num_seeds": len(values)}
-    return aggregates
-
-
-def print_table(rows: list[dict], aggregates: dict[str, dict]) -> None:
-    print(f"{'method':<16}" + "".join(f"{metric:>20}" for metric in METRICS) + f"{'seconds':>10}")
-    for name in METHODS:
-        cells = ""
-        for metric in METRICS:
-            found = aggregates.get(metric if name == "tamis" else f"{name}_{metric}")
-            cells += f"{found['mean']:>10.4f} +- {found['std']:.4f}" if found else f"{'-':>20}"
-        seconds = statistics.mean(row["seconds"] for row in rows if row["method"] == name)
-        print(f"{name:<16}{cells}{seconds:>10.1f}")
+        found = [row[metric] for row in rows if row["method"] == name and metric in row]
+        if found:
+            values[metric if name == "tamis" else f"{name}_{metric}"] = found
+    return values
 
 
 def main() -> None:
@@ -320,9 +304,7 @@ def main() -> None:
         "--tune", nargs="*", choices=ALTERNATIVES, help="print other settings on held-out validation rows, and stop"
     )
     args = parser.parse_args()
-    if not DATA.is_file():
-        print(f"hypercleaning: skipped, {DATA} is absent")
-        return
+    skip_without_data("mnist")
     torch.set_num_threads(1)
     num_steps, seeds = (200, args.seeds[:1]) if args.quick else (2_000, args.seeds)
     if args.tune is not None:
@@ -336,18 +318,7 @@ def main() -> None:
             results = run_mixing(world, seed, num_steps) if name == "mixing" else run(method, world, seed, num_steps)
             rows.append({"method": name, "seed": seed, **results})
             print(f"seed {seed} {name}: {results}", file=sys.stderr, flush=True)
-    aggregates = aggregate(rows)
-    print_table(rows, aggregates)
-    settings = {name: asdict(method) for name, method in METHODS.items()}
-    report = {
-        "settings": {"num_steps": num_steps, "seeds": seeds, "batch_size": BATCH_SIZE, "methods": settings},
-        "machine": {"platform": platform.platform(), "processor": platform.processor(), "num_threads": 1},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "rows": rows,
-        "aggregates": aggregates,
-    }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    finish(args, rows, aggregate(rows))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_values_that_mean_nothing_are_refused(tmp_path, settings):
 
 def test_defaults_are_resolved(tmp_path):
     resolved = config(tmp_path, per_device_train_batch_size=3, learning_rate=1e-4, rho=0.3).resolve()
-    assert (resolved.score_map, resolved.selector_learning_rate, resolved.scout_ratio) == ("bounded", 2.5, 0.25)
+    assert (resolved.score_map, resolved.selector_learning_rate, resolved.scout_ratio) == ("bounded", 1.75, 0.25)
     assert resolved.scout_learning_rate == pytest.approx(1.5e-5)
     assert (resolved.rho_start, resolved.per_device_validation_batch_size) == (0.3, 3)
     given = config(tmp_path, scout_ratio=0.0, per_device_validation_batch_size=2, rho_start=1.0).resolve()

@@ -61,7 +61,7 @@ class BilevelConfig(SFTConfig):
             How scores become weights: `"bounded"` (sigmoid: a row can lose its say but not take everyone's) or
             `"softmax"`. Only `"mirror"` and `"bmo"` have the choice.
         selector_learning_rate (`float`, *optional*):
-            Step size of the scores: logits per standard deviation of the excess loss for `"mirror"` (default 2.5),
+            Step size of the scores: logits per standard deviation of the excess loss for `"mirror"` (default 1.75),
             logits for `"softmax"` and `"sigmoid"` (default 0.1).
         bmo_temperature (`float`, *optional*, defaults to `0.5`):
             Temperature of `"bmo"` in nats per token; smaller is sharper.
@@ -121,7 +121,7 @@ class BilevelConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Step size of the scores: logits per standard deviation of the excess loss for 'mirror' (default "
-            "2.5), logits for 'softmax' and 'sigmoid' (default 0.1)."
+            "1.75), logits for 'softmax' and 'sigmoid' (default 0.1)."
         },
     )
     bmo_temperature: float = field(

@@ -29,7 +29,7 @@ SELECTOR_NAMES = ("mirror", "softmax", "sigmoid", "bmo", "column", "none")
 SCORE_MAPS = ("bounded", "softmax")
 
 # Step size of the scores: logits per standard deviation of the excess loss for `mirror`, logits for the Adam rules.
-DEFAULT_LEARNING_RATE = {"mirror": 2.5, "softmax": 0.1, "sigmoid": 0.1}
+DEFAULT_LEARNING_RATE = {"mirror": 1.75, "softmax": 0.1, "sigmoid": 0.1}
 
 # exp() of a score this far above the shift, and its square, are still far from overflow in float64.
 _MAX_SOFTMAX_EXPONENT = 200.0
