@@ -36,7 +36,10 @@ def finish(arguments: argparse.Namespace, rows: list[dict[str, Any]], aggregates
     for line in cells:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
     summary = {}
-    for name, values in aggregates.items():
+    for name, found in aggregates.items():
+        values = [value for value in found if value is not None]
+        if not values:
+            continue
         std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         summary[name] = {"mean": float(np.mean(values)), "std": std, "num_seeds": len(values)}
         print(f"{name} {summary[name]['mean']:.3f} +- {std:.3f} ({len(values)} seeds)")

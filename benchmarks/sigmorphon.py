@@ -82,7 +82,10 @@ def as_pair(row: Row, language: str) -> dict[str, str]:
 def make_task(folder: Path, seed: int, pretrain_steps: int) -> Task:
     """Files and base model of one seed; made once."""
     task = Task.in_folder(folder, f"sigmorphon {seed} {pretrain_steps}")
-    if (task.model_dir / "model.safetensors").is_file():
+    manifest = folder / "task.txt"
+    if manifest.is_file():
+        if manifest.read_text(encoding="utf-8") != task.fingerprint:
+            raise ValueError(f"{folder} holds another task: choose another --output_dir")
         return task
     rng = random.Random(seed)
     high = {language: read(f"{language}-train-high") for language in LANGUAGES}
@@ -109,6 +112,7 @@ def make_task(folder: Path, seed: int, pretrain_steps: int) -> Task:
         model, tokenizer, pretraining, task.model_dir, num_steps=pretrain_steps, batch_size=64, learning_rate=2e-3,
         seed=seed,
     )  # fmt: skip
+    manifest.write_text(task.fingerprint, encoding="utf-8")
     return task
 
 

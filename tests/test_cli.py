@@ -82,7 +82,7 @@ def test_lora_from_flags(files, model_dir, tmp_path):
 
 def test_a_finished_run_is_not_overwritten(files, tmp_path, capfd):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "holds a run already" in error_of(capfd, command(files, tmp_path / "run"))
 
 
@@ -164,7 +164,7 @@ def test_prompts_longer_than_max_length_are_dropped_and_counted(files, model_dir
     long = {"prompt": "7" * 60 + "=", "completion": "1"}
     write_jsonl(tmp_path / "train.jsonl", [*pairs(8), long])
     assert main(command(files, tmp_path / "run", model_dir, "--max_length", "32")) == 0
-    assert "1 of 9 training rows dropped" in caplog.text
+    assert "train_dataset: 1 of 9 rows dropped" in caplog.text
     weights = pq.read_table(tmp_path / "run" / "weights.parquet")
     assert weights["kept"].to_pylist() == [True] * 8 + [False]
     assert weights["weight"].to_pylist()[8] == 0

@@ -1,7 +1,5 @@
 """Known answers of the figures that runs are compared by."""
 
-import math
-
 import numpy as np
 import pytest
 
@@ -25,14 +23,14 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
 
 
 def test_auroc_needs_both_kinds():
-    assert math.isnan(auroc([1, 2], [True, True]))
+    assert auroc([1, 2], [True, True]) is None
 
 
 def test_gap_closure_of_losses_and_accuracies():
     assert gap_closure(mixing=0.5, method=0.9, oracle=0.9) == pytest.approx(1.0)
     assert gap_closure(mixing=0.5, method=0.4, oracle=0.9) == pytest.approx(-0.25)
     assert gap_closure(mixing=2.0, method=1.25, oracle=1.0) == pytest.approx(0.75)
-    assert math.isnan(gap_closure(0.5, 0.6, 0.5))
+    assert gap_closure(0.5, 0.6, 0.5) is None
 
 
 def test_gap_closures_are_measured_from_the_best_mixing_of_each_figure():

@@ -315,7 +315,7 @@ def test_none_weighs_every_row_alike():
     selector = make_selector("none", 5)
     selector.update(torch.arange(5), torch.arange(5.0), torch.arange(5.0))
     assert selector.all_weights().tolist() == [1] * 5
-    assert not selector.uses_excess and not selector.needs_validation
+    assert not selector.uses_excess
 
 
 def test_separation_of_one_bell_is_one_and_grows_with_the_distance_of_two():

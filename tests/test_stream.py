@@ -6,7 +6,7 @@ from itertools import chain
 import pytest
 import torch
 
-from tamis.stream import UPPER_ROW, BilevelBatchSampler, BilevelCollator, permutation
+from tamis.stream import BilevelBatchSampler, BilevelCollator, permutation, upper_id
 
 
 def sampler(num_lower=20, num_upper=7, lower=4, upper=3, epoch=0, seed=0, **settings) -> BilevelBatchSampler:
@@ -111,8 +111,8 @@ def test_collator_counts_and_names_rows():
     rows = [
         {"labels": [-100, 5, 6], "example_id": 9},
         {"labels": [5, 6], "example_id": 3},  # the first token has nothing to be predicted from
-        {"labels": [-100, -100, -100, 7], "example_id": UPPER_ROW},
+        {"labels": [-100, -100, -100, 7], "example_id": upper_id(4)},
     ]
     batch = BilevelCollator(pad)(rows)
-    assert batch["example_ids"] == [9, 3] and batch["num_tokens"] == [2, 1, 1]
+    assert batch["example_ids"] == [9, 3] and batch["upper_rows"] == [4] and batch["num_tokens"] == [2, 1, 1]
     assert list(BilevelCollator(pad)([{"labels": [1, 2]}])) == ["labels"], "batches of evaluation pass unchanged"

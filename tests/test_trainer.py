@@ -291,7 +291,7 @@ def test_prompts_that_fill_max_length_are_dropped_and_named(bilevel, caplog):
     train = [*pairs(3), {"prompt": "1" * 40, "completion": "2"}, *pairs(2, 20)]
     with caplog.at_level(logging.WARNING):
         trainer = bilevel(train, pairs(4, 95), max_length=20, max_steps=2)
-    assert "1 of 6 training rows dropped" in caplog.text and "rows 3" in caplog.text
+    assert "train_dataset: 1 of 6 rows dropped" in caplog.text and "first: train_dataset, row 3" in caplog.text
     trainer.train()
     assert trainer.selector.num_updates_N[3] == 0 and 3 not in trainer.train_dataset["example_id"]
     with pytest.raises(ValueError, match=r"all 1 training rows .* raise --max_length"):
@@ -321,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monk
     with pytest.raises(NonFiniteLossError, match="step 3: the loss is not finite on training row") as caught:
         trainer.train()
     # Two steps make an epoch: the third is the first of the next one.
-    assert f"training row {ids[2][1]}." in str(caught.value)
+    assert f"train_dataset, row {ids[2][1]}." in str(caught.value)
     assert_close(parameters(trainer.model), states[2], atol=0)
     saved = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
     assert_close(saved, {n: p for n, p in parameters(trainer.model).items() if n in saved}, atol=0)
@@ -334,7 +334,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monk
 def test_a_model_with_nan_names_its_rows(bilevel):
     trainer = bilevel(pairs(8), pairs(4, 95), max_steps=2, scout_ratio=0.0)
     trainer.model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(NonFiniteLossError, match=r"training row \d, .*a validation row"):
+    with pytest.raises(NonFiniteLossError, match=r"train_dataset, row \d, .*validation_dataset, row \d"):
         trainer.train()
 
 

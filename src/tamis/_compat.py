@@ -1,6 +1,5 @@
 """The only imports from libraries that they do not promise to keep, in one place."""
 
-from accelerate.data_loader import prepare_data_loader  # not exported at top level; documented
-from trl.data_utils import is_conversational, maybe_convert_to_chatml
+from accelerate.data_loader import prepare_data_loader  # documented, but not exported at top level
 
-__all__ = ["is_conversational", "maybe_convert_to_chatml", "prepare_data_loader"]
+__all__ = ["prepare_data_loader"]

@@ -9,6 +9,8 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+from yaml import YAMLError
+
 USAGE = """usage: tamis COMMAND [options]
 
   train   fine-tune a model on doubtful rows under the guidance of trusted ones; learns a weight for every row
@@ -60,25 +62,27 @@ def main(argv: list[str] | None = None) -> int:
     if command not in ("train", "demo"):
         print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
         return 2
+    from tamis.trainer import NonFiniteLossError
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tamis").setLevel(logging.INFO)
     try:
         return _run_train(options) if command == "train" else _run_demo(options)
-    except (ValueError, FileNotFoundError) as error:
+    except NonFiniteLossError as error:
         print(f"tamis {command}: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, YAMLError) as error:
+        # One line for the user; where it came from for whoever looks into it.
+        logging.getLogger("tamis").debug("traceback", exc_info=True)
+        print(f"tamis {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
 def _run_train(options: list[str]) -> int:
     from tamis.run import train
-    from tamis.trainer import NonFiniteLossError
 
     data, args, model_args = make_train_parser().parse_args_and_config(options)
-    try:
-        metrics = train(data, args, model_args)
-    except NonFiniteLossError as error:
-        print(f"tamis train: {error}", file=sys.stderr)
-        return 1
+    metrics = train(data, args, model_args)
     for name in ("eval_loss", "eval_exact_match"):
         if name in metrics:
             print(f"{name} {metrics[name]:.4f}")

@@ -21,6 +21,7 @@ from tamis.config import BilevelConfig
 from tamis.metrics import auroc, gap_closure
 from tamis.recorder import write_atomically
 from tamis.run import DataArguments, train
+from tamis.selectors import STATIC_SELECTORS
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,9 @@ def run_method(method: Method, task: Task, output_dir: Path, common: dict[str, A
     folder = run_dir(output_dir, method.name)
     result_file = folder / "result.json"
     settings = common | method.settings
-    identity = {"method": method.name, "task": task.fingerprint, "settings": settings}
+    args = BilevelConfig(output_dir=str(folder), **settings)
+    resolved = args.resolve().announcements  # so that a run made with other defaults is made again
+    identity = {"method": method.name, "task": task.fingerprint, "settings": settings, "resolved": resolved}
     if result_file.is_file():
         result = json.loads(result_file.read_text())
         if result["identity"] == identity:
@@ -91,7 +94,6 @@ def run_method(method: Method, task: Task, output_dir: Path, common: dict[str, A
     data = DataArguments(train_dataset=str(method.train_file), eval_dataset=str(task.eval_file))
     if method.settings.get("rho") != 0.0:
         data.validation_dataset = str(task.validation_file)
-    args = BilevelConfig(output_dir=str(folder), **settings)
     logger.info(f"--- {method.name}")
     started = time.perf_counter()
     metrics = train(data, args, ModelConfig(model_name_or_path=str(task.model_dir)))
@@ -102,7 +104,7 @@ def run_method(method: Method, task: Task, output_dir: Path, common: dict[str, A
         "selection_auroc": None,
         "seconds": time.perf_counter() - started,
     }
-    if args.selector not in ("none", "column"):
+    if args.selector not in STATIC_SELECTORS:
         row["selection_auroc"] = auroc(*learned_weights(output_dir, method.name, task))
     text = json.dumps({"identity": identity, "row": row}, indent=1)
     write_atomically(result_file, lambda path: path.write_text(text))
@@ -165,8 +167,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'method':22} {'test acc':>8} {'test loss':>9} {'gap closed':>10} {'AUROC':>6} {'seconds':>7}"]
     for row in rows:
         selection = "" if row["selection_auroc"] is None else f"{row['selection_auroc']:.3f}"
+        closed = "" if row["gap_closure"] is None else f"{row['gap_closure']:.2f}"
         lines.append(
-            f"{row['method']:22} {row['test_accuracy']:8.3f} {row['test_loss']:9.3f} {row['gap_closure']:10.2f} "
+            f"{row['method']:22} {row['test_accuracy']:8.3f} {row['test_loss']:9.3f} {closed:>10} "
             f"{selection:>6} {row['seconds']:7.0f}"
         )
     return "\n".join(lines)

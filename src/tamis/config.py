@@ -8,30 +8,30 @@ from typing import Any, Literal
 from trl import SFTConfig
 
 from tamis.references import REFERENCE_NAMES
-from tamis.selectors import DEFAULT_LEARNING_RATE, SCORE_MAPS, SELECTOR_NAMES
+from tamis.selectors import DEFAULT_LEARNING_RATE, SCORE_MAPS, SELECTOR_NAMES, STATIC_SELECTORS
 
 logger = logging.getLogger(__name__)
 
-# Gentle, so that the model learns what the validation rows want and keeps what it knew: on SIGMORPHON the full rate
-# ranked rows with AUROC 0.84, a sixth of it with 0.91 (LOG.md).
+# Gentle, so that the model learns what the validation rows want and keeps what it knew (LOG.md: on SIGMORPHON, trained
+# at 2e-3, a scout at 3e-4 ranked rows with AUROC 0.91, at 1e-3 with 0.84).
 _SCOUT_LEARNING_RATE_RATIO = 0.15
-_SECRETS = ("hub_token",)
+# Not for a replay: a secret, and where an earlier run was taken up.
+_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint")
 _CHOICES = {
     "selector": SELECTOR_NAMES,
     "score_map": (None, *SCORE_MAPS),
     "reference": REFERENCE_NAMES,
     "loss_reduction": ("example", "token"),
 }
-_STATIC_SELECTORS = ("column", "none")
 
 
 class Resolved:
     """Settings after what was left open has been filled in: attributes, and `announcements`, one line each."""
 
-    score_map: str
+    score_map: str | None
     selector_learning_rate: float | None
     scout_ratio: float
-    scout_learning_rate: float
+    scout_learning_rate: float = 0.0
     rho_start: float
     per_device_validation_batch_size: int
 
@@ -57,9 +57,9 @@ class BilevelConfig(SFTConfig):
             How losses become row weights: `"mirror"`, `"softmax"` and `"sigmoid"` (the published Adam-on-logits rules),
             `"bmo"` (closed form), `"column"` (a static `weight` column, no validation dataset needed) or `"none"`
             (direct mixing).
-        score_map (`str`, *optional*, defaults to `"bounded"`):
-            How scores become weights: `"bounded"` (sigmoid: a row can lose its say but not take everyone's) or
-            `"softmax"`. Only `"mirror"` and `"bmo"` have the choice.
+        score_map (`str`, *optional*):
+            How scores become weights: `"bounded"` (sigmoid: a row can lose its say but not take everyone's; default of
+            `"mirror"`) or `"softmax"` (default of `"bmo"`). Only these two selectors have the choice.
         selector_learning_rate (`float`, *optional*):
             Step size of the scores: logits per standard deviation of the excess loss for `"mirror"` (default 1.75),
             logits for `"softmax"` and `"sigmoid"` (default 0.1).
@@ -113,8 +113,8 @@ class BilevelConfig(SFTConfig):
     score_map: Literal["bounded", "softmax"] | None = field(
         default=None,
         metadata={
-            "help": "How scores become weights, for selectors 'mirror' and 'bmo': 'bounded' (the default: a row can "
-            "lose its say but not take everyone's) or 'softmax'."
+            "help": "How scores become weights: 'bounded' (default of selector 'mirror': a row can lose its say but "
+            "not take everyone's) or 'softmax' (default of 'bmo')."
         },
     )
     selector_learning_rate: float | None = field(
@@ -175,7 +175,11 @@ class BilevelConfig(SFTConfig):
         """Fill in what was left open, each with the reason."""
         resolved = Resolved()
         scouts = self.selector == "mirror" and self.reference != "tracked"
-        resolved.set("score_map", self.score_map, "bounded", "a row can lose its say but not take everyone's")
+        default_map, reason = {
+            "mirror": ("bounded", "a row can lose its say but not take everyone's"),
+            "bmo": ("softmax", "the closed form"),
+        }.get(self.selector, (None, ""))
+        resolved.set("score_map", self.score_map if default_map else None, default_map, reason)
         resolved.set(
             "selector_learning_rate",
             self.selector_learning_rate,
@@ -188,12 +192,13 @@ class BilevelConfig(SFTConfig):
             0.25 if scouts else 0.0,
             "rows are judged before they are trained on" if scouts else "scores follow the training steps",
         )
-        resolved.set(
-            "scout_learning_rate",
-            self.scout_learning_rate,
-            _SCOUT_LEARNING_RATE_RATIO * self.learning_rate,
-            f"{_SCOUT_LEARNING_RATE_RATIO} * learning_rate, gentle to keep what the model knows",
-        )
+        if resolved.scout_ratio:
+            resolved.set(
+                "scout_learning_rate",
+                self.scout_learning_rate,
+                _SCOUT_LEARNING_RATE_RATIO * self.learning_rate,
+                f"{_SCOUT_LEARNING_RATE_RATIO} * learning_rate, gentle to keep what the model knows",
+            )
         resolved.set("rho_start", self.rho_start, self.rho, "constant rho")
         resolved.set(
             "per_device_validation_batch_size",
@@ -210,7 +215,7 @@ class BilevelConfig(SFTConfig):
         }
         given = {n: getattr(self, n) for n in defaults}
         given = {n: v.value if isinstance(v, Enum) else v for n, v in given.items()}
-        given = {n: v for n, v in given.items() if v != defaults[n] and n not in _SECRETS}
+        given = {n: v for n, v in given.items() if v != defaults[n] and n not in _NOT_REPLAYED}
         kinds = bool | int | float | str | list | dict | None
         self.given_settings = {n: v for n, v in given.items() if isinstance(v, kinds)}
         super().__post_init__()
@@ -233,7 +238,7 @@ class BilevelConfig(SFTConfig):
         """
         self._refuse_bad_values()
         self._refuse_what_sft_offers()
-        if self.selector not in _STATIC_SELECTORS and not has_validation:
+        if self.selector not in STATIC_SELECTORS and not has_validation:
             raise ValueError(
                 f"selector '{self.selector}' needs trusted rows: give --validation_dataset, or choose --selector "
                 "column (weights from a column) or --selector none (every row counts the same)"
@@ -295,7 +300,7 @@ class BilevelConfig(SFTConfig):
             "selector_learning_rate": self.selector_learning_rate is not None
             and self.selector not in DEFAULT_LEARNING_RATE,
             "bmo_temperature": self.bmo_temperature != 0.5 and self.selector != "bmo",
-            "reference": self.reference != "base" and self.selector in _STATIC_SELECTORS,
+            "reference": self.reference != "base" and self.selector in STATIC_SELECTORS,
             "scout_learning_rate": self.scout_learning_rate is not None and not self.resolve().scout_ratio,
             "reference_learning_rate": self.reference_learning_rate is not None and self.reference != "tracked",
             "rho_decay_ratio": self.rho_decay_ratio != 1.0 and self.rho_start is None,

@@ -98,7 +98,7 @@ def check_rows(dataset: Dataset, role: str) -> None:
     """
     if len(dataset) == 0:
         raise ValueError(f"{role}: there are no rows. Give a data set with at least one row.")
-    place = partial(_place, dataset, role)
+    place = partial(row_name, dataset, role)
     columns = {column: _values(dataset, column) for column in _content_columns(dataset, role)}
     _check_content(columns, {column: column for column in columns}, place)
     if "weight" in dataset.column_names:
@@ -138,7 +138,9 @@ def check_overlap(train: Dataset, validation: Dataset, evaluation: Dataset | Non
     def shared(first: str, second: str, consequence: str) -> list[str]:
         index = {digest: j for j, digest in reversed(list(enumerate(hashes.get(second, []))))}
         found = [(i, index[digest]) for i, digest in enumerate(hashes.get(first, [])) if digest in index]
-        shown = [f"{_place(datasets[first], first, i)} = {_place(datasets[second], second, j)}" for i, j in found[:3]]
+        shown = [
+            f"{row_name(datasets[first], first, i)} = {row_name(datasets[second], second, j)}" for i, j in found[:3]
+        ]
         return [f"{first} and {second} share {len(found)} row(s), first {'; '.join(shown)}. {consequence}"][
             : len(found)
         ]
@@ -378,7 +380,7 @@ def _weights(values: list[Any], column: str, place: Callable[[int], str]) -> lis
     return weights
 
 
-def _place(dataset: Dataset, role: str, i: int) -> str:
+def row_name(dataset: Dataset, role: str, i: int) -> str:
     """Name row `i` by its file, or by its role in a data set that `load_rows` did not make."""
     row = dataset.with_format(None)[i]
     is_ours = isinstance(row.get("row"), int) and isinstance(row.get("source"), str)

@@ -4,28 +4,28 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-def auroc(scores: ArrayLike, is_positive: ArrayLike) -> float:
+def auroc(scores: ArrayLike, is_positive: ArrayLike) -> float | None:
     """Probability that a positive row has a higher score than a negative one, ties counting half (Mann-Whitney U).
 
     Args:
         scores, is_positive: one entry per row.
 
     Returns:
-        A number in [0, 1]; NaN if one of the two kinds is missing.
+        A number in [0, 1]; None if one of the two kinds is missing.
     """
     scores, is_positive = np.asarray(scores, dtype=np.float64), np.asarray(is_positive, dtype=bool)
     num_positive, num_negative = is_positive.sum(), (~is_positive).sum()
     if num_positive == 0 or num_negative == 0:
-        return float("nan")
+        return None
     _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
     mean_rank = np.cumsum(counts) - (counts - 1) / 2
     rank_sum = mean_rank[group][is_positive].sum()
     return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
-def gap_closure(mixing: float, method: float, oracle: float) -> float:
+def gap_closure(mixing: float, method: float, oracle: float) -> float | None:
     """``(mixing - method) / (mixing - oracle)``: 0 is as good as direct mixing, 1 as good as knowing the clean rows.
 
-    The same for losses and accuracies. NaN if there is no gap to close.
+    The same for losses and accuracies. None if there is no gap to close.
     """
-    return (mixing - method) / (mixing - oracle) if mixing != oracle else float("nan")
+    return (mixing - method) / (mixing - oracle) if mixing != oracle else None

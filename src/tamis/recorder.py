@@ -52,14 +52,16 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 def run_info(fingerprints: dict[str, str], resolved: Sequence[str]) -> dict[str, Any]:
     """Where and from what a run was made: time (UTC), versions, git commit, dataset fingerprints, resolved settings."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # a machine without git
+        commit = ""
     return {
         "format_version": FORMAT_VERSION,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {package: version(package) for package in _RECORDED_PACKAGES},
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": commit or None,
         "dataset_fingerprints": fingerprints,
         "resolved": list(resolved),
     }
@@ -148,7 +150,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
         except (OSError, json.JSONDecodeError):
             continue
         return str(folder)
-    raise ValueError(f"{output_dir} holds no complete checkpoint to resume from: start without --resume")
+    raise ValueError(f"{output_dir} holds no complete checkpoint to resume from: start anew in another --output_dir")
 
 
 def checkpoint_step(checkpoint: str | Path) -> int:

@@ -1,5 +1,6 @@
 """One run, from named files to a run directory: what `tamis train`, the demo and the comparisons all go through."""
 
+import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from tamis.config import BilevelConfig
 from tamis.data import load_rows
 from tamis.progress import ProgressCallback, use_progress
 from tamis.trainer import BilevelTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,14 +68,17 @@ def train(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> 
     """
     output_dir = Path(str(args.output_dir))
     resume = True if args.resume_from_checkpoint in ("last", "true", "True") else args.resume_from_checkpoint
-    if not resume and (output_dir / "config.yaml").exists():
+    if not resume and any(
+        next(output_dir.glob(trace), None) for trace in ("metrics.jsonl", "checkpoint-*", "*.safetensors")
+    ):
         raise ValueError(
             f"{output_dir} holds a run already: choose another --output_dir, or go on with "
             "--resume_from_checkpoint last"
         )
     if model_args.model_name_or_path is None:
         raise ValueError("no model: give --model_name_or_path")
-    args.check(has_validation=data.validation_dataset is not None, has_weight=data.weight_column is not None)
+    if data.weight_column is not None and args.selector != "column":
+        logger.warning(f"weight_column is set but has no effect with selector '{args.selector}'")
     datasets = data.load()
 
     given = args.model_init_kwargs

@@ -4,7 +4,7 @@ A model that has been trained on a row knows it by heart, right or wrong: its lo
 with the trusted ones. So a scout comes first. The model descends the validation loss alone, gently; each training row
 is then judged by how far its loss has fallen or risen against the model before; and the model goes back to where it
 began. The scores are settled before training starts, at the price of a few steps on validation rows and one or two
-forward passes over the training rows (our answer to what DESIGN section 2 calls memorisation; figures in LOG.md).
+forward passes over the training rows (docs/method.md; figures in LOG.md).
 
 Shape suffixes: B rows of a batch, N rows of the training dataset.
 """
@@ -61,7 +61,7 @@ def descend_validation_loss(
     args.max_steps, args.learning_rate, args.per_device_train_batch_size = num_steps, learning_rate, batch_size
     args.lr_scheduler_type, args.warmup_steps = "constant", 0
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
-    args.model_init_kwargs = None
+    args.model_init_kwargs, args.eval_on_start = None, False
     args.report_to, args.push_to_hub, args.load_best_model_at_end = [], False, False
     trainer = PlainTrainer(model, args, train_dataset=validation_dataset, processing_class=processing_class)
     trainer.train_with_bar("scouting")

@@ -26,6 +26,7 @@ from torch import Tensor
 from tamis.bilevel import effective_sample_size, weight_entropy
 
 SELECTOR_NAMES = ("mirror", "softmax", "sigmoid", "bmo", "column", "none")
+STATIC_SELECTORS = ("column", "none")
 SCORE_MAPS = ("bounded", "softmax")
 
 # Step size of the scores: logits per standard deviation of the excess loss for `mirror`, logits for the Adam rules.
@@ -134,14 +135,12 @@ class Selector(ABC):
     """Weights of the training rows. Subclass it, in about 30 lines, to try another rule.
 
     Attributes:
-        needs_validation: whether the rule means anything without a validation dataset.
         uses_excess: whether it reads the losses at all (else the reference is never computed).
         is_settled: whether a scout has judged the rows, so that training changes no score any more.
         num_updates_N: how often each row was seen (int32).
         last_loss_N: its loss when last seen, nats per token (float32, NaN before).
     """
 
-    needs_validation = True
     uses_excess = True
 
     def __init__(self, num_examples: int, score_map: str = "bounded"):
@@ -162,7 +161,7 @@ class Selector(ABC):
 
     def judge(self, example_ids_R: Tensor, loss_R: Tensor, excess_R: Tensor) -> None:
         """Take the evidence of a scout on all R rows that will be trained on, and settle the scores by it."""
-        self.update(example_ids_R, loss_R, excess_R)
+        Selector.update(self, example_ids_R, loss_R, excess_R)
         self.is_settled = True
 
     def weights(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
@@ -240,9 +239,9 @@ def separation(z_R: Tensor) -> float:
 class MirrorSelector(Selector):
     """Mirror descent on the weights: each row's score falls by its standardised excess loss.
 
-    ``s <- s - eta * z``, ``z = clip((e - center) / scale, -3, 3)``, with ``center`` and ``scale`` the mean and standard
-    deviation of the excess losses: the step keeps the size of a loss (which Adam throws away) and yet ``eta`` means
-    the same on every dataset. The clip bounds what one visit can do to a row.
+    ``s <- s - eta * z``, ``z = clip((e - center) / scale, -3, 3)``, with ``center`` and ``scale`` the running mean and
+    standard deviation of the excess losses (after scouting: see `judge`). The step keeps the size of a loss, which Adam
+    throws away, and yet ``eta`` means the same on every dataset. The clip bounds what one visit can do to a row.
 
     Args:
         learning_rate: eta, in score units (logits) per standard deviation of the excess loss.
@@ -265,14 +264,15 @@ class MirrorSelector(Selector):
 
     def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
         super().update(example_ids_B, loss_B, excess_B)
-        self.num_batches += 1
-        self._average(excess_B.double(), max(self._AVERAGING, 1 / self.num_batches))
+        if not self.is_settled:
+            self.num_batches += 1
+            self._average(excess_B.double(), max(self._AVERAGING, 1 / self.num_batches))
 
     def judge(self, example_ids_R: Tensor, loss_R: Tensor, excess_R: Tensor) -> None:
         """Settle the scores, as sharply as the excess losses tell two kinds of rows apart (`separation`).
 
         The center is half way between the quartiles: with right and wrong rows in like numbers that lies between the
-        two, where the mean is pulled into the wrong ones by their long tail (LOG.md: MNIST, SIGMORPHON).
+        two, where the mean is pulled into the wrong ones by their long tail (LOG.md).
         """
         self.center = float(np.quantile(excess_R.double().numpy(), [0.25, 0.75]).mean())
         z_R = (excess_R.double() - self.center) / excess_R.double().std(correction=0).clamp(min=1e-12)
@@ -375,7 +375,6 @@ class ColumnSelector(Selector):
         weight_N: the column, finite and non-negative; divided by its mean here.
     """
 
-    needs_validation = False
     uses_excess = False
 
     def __init__(self, weight_N: Tensor):
@@ -393,6 +392,8 @@ class ColumnSelector(Selector):
     def exclude(self, example_ids: Tensor) -> None:
         super().exclude(example_ids)
         self.weight_N[example_ids] = 0
+        if not self.weight_N.sum() > 0:
+            raise ValueError("the column 'weight' is 0 on every training row whose prompt fits: raise --max_length")
         self.weight_N *= self.table.num_active / self.weight_N.sum()
 
     def all_weights(self) -> Tensor:
@@ -423,24 +424,26 @@ def make_selector(
 ) -> Selector:
     """The selector called ``name``; see the table above for what each reads.
 
+    Args:
+        num_examples: N.
+        score_map, learning_rate, temperature: for the selectors that have one; None takes `DEFAULT_LEARNING_RATE`.
+        weight_N: the column of selector ``column``.
+
     Raises:
-        ValueError: there is no selector of that name.
+        ValueError: there is no selector of that name, or ``column`` without ``weight_N``.
     """
     if learning_rate is None:
         learning_rate = DEFAULT_LEARNING_RATE.get(name, 0.0)
     if name == "mirror":
-        return MirrorSelector(
-            num_examples, score_map, DEFAULT_LEARNING_RATE[name] if learning_rate is None else learning_rate
-        )
+        return MirrorSelector(num_examples, score_map, learning_rate)
     if name in ("softmax", "sigmoid"):
         adam_map = "softmax" if name == "softmax" else "bounded"
-        return AdamSelector(
-            num_examples, adam_map, DEFAULT_LEARNING_RATE[name] if learning_rate is None else learning_rate
-        )
+        return AdamSelector(num_examples, adam_map, learning_rate)
     if name == "bmo":
         return BmoSelector(num_examples, score_map, temperature)
     if name == "column":
-        assert weight_N is not None
+        if weight_N is None:
+            raise ValueError("selector 'column' needs weight_N, one weight per training row")
         return ColumnSelector(weight_N)
     if name == "none":
         return UniformSelector(num_examples)

@@ -18,8 +18,9 @@ def permutation(num_rows: int, seed: int, epoch: int, level: int) -> torch.Tenso
     return torch.randperm(num_rows, generator=generator)
 
 
-# The example_id of validation rows: they have no weight of their own.
-UPPER_ROW = -1
+def upper_id(row: int) -> int:
+    """The example_id under which a validation row travels, below zero: it has no weight of its own."""
+    return -1 - row
 
 
 class BilevelBatchSampler(Sampler[list[int]]):
@@ -86,7 +87,7 @@ class BilevelBatchSampler(Sampler[list[int]]):
 class BilevelCollator:
     """Wraps TRL's collator; adds what the trainer must know of the rows of a batch, as plain integers on the CPU.
 
-    - ``example_ids``: of the training rows, which come first.
+    - ``example_ids``: of the training rows, which come first; ``upper_rows``: places of the validation rows.
     - ``num_tokens``: tokens that are trained on, of every row.
 
     Batches of other datasets (evaluation) pass through unchanged.
@@ -102,6 +103,7 @@ class BilevelCollator:
         batch = self.collator(rows)
         return {
             **batch,
-            "example_ids": [example_id for example_id in example_ids if example_id != UPPER_ROW],
+            "example_ids": [example_id for example_id in example_ids if example_id >= 0],
+            "upper_rows": [-1 - example_id for example_id in example_ids if example_id < 0],
             "num_tokens": (batch["labels"][:, 1:] != -100).sum(dim=1).tolist(),
         }

@@ -23,12 +23,12 @@ from trl import SFTTrainer
 from tamis._compat import prepare_data_loader
 from tamis.bilevel import example_losses, penalty_gap, rho_at, row_coefficients
 from tamis.config import BilevelConfig
-from tamis.data import attach_example_ids, check_overlap, check_rows, fingerprint
+from tamis.data import attach_example_ids, check_overlap, check_rows, fingerprint, row_name
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info, write_atomically
 from tamis.references import ZeroReference, make_reference
 from tamis.scout import judge_rows
 from tamis.selectors import make_selector
-from tamis.stream import UPPER_ROW, BilevelBatchSampler, BilevelCollator
+from tamis.stream import BilevelBatchSampler, BilevelCollator, upper_id
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +111,13 @@ class BilevelTrainer(SFTTrainer):
         train_dataset = train_dataset.select_columns([c for c in train_dataset.column_names if c != "example_id"])
         self._train_rows = attach_example_ids(train_dataset)
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
-        self._report_dropped_rows()
-        self.validation_dataset = datasets.get("validation_dataset")
-        if self.validation_dataset is not None:
-            self.validation_dataset = self._prepare_validation_dataset(self.validation_dataset)
+        self._report_dropped("train_dataset", self._train_rows, self.train_dataset)
+        if isinstance(eval_dataset, Dataset):
+            self._report_dropped("eval_dataset", eval_dataset, self.eval_dataset)
+        self._validation_rows = datasets.get("validation_dataset")
+        self.validation_dataset = None
+        if self._validation_rows is not None:
+            self.validation_dataset = self._prepare_validation_dataset(self._validation_rows)
         self.data_collator = BilevelCollator(self.data_collator)
 
         num_examples = len(self._train_rows)
@@ -122,7 +125,7 @@ class BilevelTrainer(SFTTrainer):
         self.selector = make_selector(
             args.selector,
             num_examples,
-            score_map=self.resolved.score_map,
+            score_map=self.resolved.score_map or "bounded",
             learning_rate=self.resolved.selector_learning_rate,
             temperature=args.bmo_temperature,
             weight_N=weight_N,
@@ -138,7 +141,7 @@ class BilevelTrainer(SFTTrainer):
                 keep_copy=not self.resolved.scout_ratio,
                 reduce_gradient=self._sum_over_ranks,
             )
-        # What `config.yaml` gets: the command line adds the model and the files, see `tamis.cli`.
+        # What `config.yaml` gets: the command line adds the model and the files, see `tamis.run`.
         self.config_settings = args.given_settings
         self.recorder = Recorder(str(args.output_dir)) if self.accelerator.is_main_process else None
         self._window: list[tuple[Tensor, ...]] = []
@@ -146,32 +149,28 @@ class BilevelTrainer(SFTTrainer):
     # --- data -------------------------------------------------------------------------------------------------------
 
     def _prepare_validation_dataset(self, dataset: Dataset) -> Dataset:
+        places = [upper_id(i) for i in range(len(dataset))]
+        dataset = dataset.select_columns([c for c in dataset.column_names if c != "example_id"])
+        dataset = dataset.add_column("example_id", places)
         prepared = self._prepare_dataset(
             dataset, self.processing_class, self.args, False, self._formatting_func, "validation"
         )
-        if len(prepared) == 0:
-            raise ValueError(
-                f"no validation row has a prompt shorter than max_length={self.args.max_length}: raise --max_length"
-            )
-        if len(prepared) < len(dataset):
-            logger.warning(f"{len(dataset) - len(prepared)} validation rows dropped: prompt longer than max_length")
+        self._report_dropped("validation_dataset", dataset, prepared)
         return prepared
 
-    def _report_dropped_rows(self) -> None:
-        """Say which training rows TRL left out: those whose prompt alone fills `max_length`."""
-        num_rows, kept = len(self._train_rows), set(self.train_dataset["example_id"])
-        if not kept:
-            raise ValueError(
-                f"all {num_rows} training rows have a prompt longer than max_length={self.args.max_length}: "
-                "raise --max_length"
-            )
-        if len(kept) < num_rows:
-            dropped = [str(i) for i in range(num_rows) if i not in kept]
-            shown = ", ".join(dropped[:5]) + (", ..." if len(dropped) > 5 else "")
-            logger.warning(
-                f"{len(dropped)} of {num_rows} training rows dropped: their prompt alone is longer than "
-                f"max_length={self.args.max_length} (rows {shown}). Raise --max_length to keep them."
-            )
+    def _report_dropped(self, role: str, rows: Dataset, prepared: Dataset) -> None:
+        """Say how many rows TRL left out: those whose prompt alone fills `max_length`."""
+        num_dropped = len(rows) - len(prepared)
+        too_long = f"their prompt alone is longer than max_length={self.args.max_length}"
+        if num_dropped == len(rows):
+            raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise --max_length")
+        if num_dropped:
+            shown = ""
+            if "example_id" in prepared.column_names:
+                kept = set(prepared["example_id"])
+                lost = [i for i, example_id in enumerate(rows["example_id"]) if example_id not in kept]
+                shown = f" (first: {row_name(rows, role, lost[0])})"
+            logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise --max_length")
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -184,8 +183,7 @@ class BilevelTrainer(SFTTrainer):
         stream = self.train_dataset.select_columns(columns)
         num_upper = 0
         if self.validation_dataset is not None and self.args.trains_on_validation:
-            upper = self.validation_dataset.select_columns(columns[:2])
-            upper = upper.add_column("example_id", [UPPER_ROW] * len(upper))
+            upper = self.validation_dataset.select_columns(columns)
             stream, num_upper = concatenate_datasets([stream, upper.cast(stream.features)]), len(upper)
         sampler = BilevelBatchSampler(
             num_lower=len(self.train_dataset),
@@ -247,7 +245,7 @@ class BilevelTrainer(SFTTrainer):
         if not self.model.training or "example_ids" not in inputs:
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         ids_L = torch.tensor(inputs.pop("example_ids"), dtype=torch.int64)
-        num_tokens_B = torch.tensor(inputs.pop("num_tokens"))
+        num_tokens_B, upper_rows = torch.tensor(inputs.pop("num_tokens")), inputs.pop("upper_rows")
         num_lower = len(ids_L)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
@@ -261,7 +259,7 @@ class BilevelTrainer(SFTTrainer):
 
         loss_B = nll_B.detach().float().cpu()
         excess_L = loss_B[:num_lower] - reference_L
-        self._stop_if_not_finite(torch.cat([excess_L, loss_B[num_lower:]]), ids_L)
+        self._stop_if_not_finite(torch.cat([excess_L, loss_B[num_lower:]]), ids_L, upper_rows)
         weights_L = self.selector.weights(ids_L, excess_L)
         rho = self.current_rho()
         lower_share_L = self._share(num_tokens_B[:num_lower], level=0)
@@ -290,11 +288,13 @@ class BilevelTrainer(SFTTrainer):
             return num_tokens_R / self._window_totals[2 + level]
         return torch.full((len(num_tokens_R),), 1.0 / self._window_totals[level])
 
-    def _stop_if_not_finite(self, loss_B: Tensor, ids_L: Tensor) -> None:
+    def _stop_if_not_finite(self, loss_B: Tensor, ids_L: Tensor, upper_rows: list[int]) -> None:
         if loss_B.isfinite().all():
             return
         bad = (~loss_B.isfinite()).nonzero().squeeze(1).tolist()
-        names = [f"training row {ids_L[i]}" if i < len(ids_L) else "a validation row" for i in bad]
+        places = [(self._train_rows, "train_dataset", int(i)) for i in ids_L]
+        places += [(self._validation_rows, "validation_dataset", i) for i in upper_rows]
+        names = [row_name(*places[i]) for i in bad]
         raise NonFiniteLossError(
             f"step {self.state.global_step + 1}: the loss is not finite on {', '.join(names[:8])}"
             f"{', ...' if len(names) > 8 else ''}. Stopped before the optimizer step; the last checkpoint is intact. "
@@ -390,7 +390,7 @@ class BilevelTrainer(SFTTrainer):
             batch_size=self.resolved.per_device_validation_batch_size,
         )
         example_ids_R = torch.tensor(self.train_dataset["example_id"])
-        self._stop_if_not_finite(loss_R, example_ids_R)
+        self._stop_if_not_finite(loss_R, example_ids_R, [])
         self.selector.judge(example_ids_R, loss_R, loss_R - reference_R)
         self.reference.remember(example_ids_R, reference_R)
         self._write_weights()
