@@ -294,7 +294,7 @@ def test_prompts_that_fill_max_length_are_dropped_and_named(bilevel, caplog):
     assert "train_dataset: 1 of 6 rows dropped" in caplog.text and "first: train_dataset, row 3" in caplog.text
     trainer.train()
     assert trainer.selector.num_updates_N[3] == 0 and 3 not in trainer.train_dataset["example_id"]
-    with pytest.raises(ValueError, match=r"all 1 training rows .* raise --max_length"):
+    with pytest.raises(ValueError, match=r"train_dataset: all 1 rows .* Raise --max_length"):
         bilevel([train[3]], pairs(4, 95), max_length=20)
     with pytest.raises(ValueError, match=r"no validation row .* raise --max_length"):
         bilevel(pairs(4), [train[3]], max_length=20)
@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monk
     ids = []
     collate = trainer.data_collator
     trainer.data_collator = lambda rows: ids.append([row["example_id"] for row in rows]) or collate(rows)
-    with pytest.raises(NonFiniteLossError, match="step 3: the loss is not finite on training row") as caught:
+    with pytest.raises(NonFiniteLossError, match="step 3: the loss is not finite on train_dataset, row") as caught:
         trainer.train()
     # Two steps make an epoch: the third is the first of the next one.
     assert f"train_dataset, row {ids[2][1]}." in str(caught.value)
