@@ -21,9 +21,10 @@ from common import DATA, finish, skip_without_data
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from tamis.metrics import auroc
+from tamis.scout import PlainTrainer
 
 NUM_VALIDATION, NUM_EVAL = 300, 500
 
@@ -55,12 +56,12 @@ def make_model(rows: list[dict], model_dir: Path, num_steps: int, seed: int) -> 
     )  # fmt: skip
     args = SFTConfig(
         str(model_dir), max_steps=num_steps, per_device_train_batch_size=16, learning_rate=2e-3, max_length=192,
-        report_to="none", save_strategy="no", bf16=False, use_cpu=True, activation_checkpointing=False, seed=seed,
+        report_to="none", save_strategy="no", logging_strategy="no", bf16=False, use_cpu=True,
+        activation_checkpointing=False, gradient_checkpointing=None, seed=seed,
     )  # fmt: skip
-    trainer = SFTTrainer(
-        LlamaForCausalLM(config), args, train_dataset=Dataset.from_dict({"text": texts}), processing_class=tokenizer
-    )
-    trainer.train()
+    model, dataset = LlamaForCausalLM(config), Dataset.from_dict({"text": texts})
+    trainer = PlainTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train_with_bar("pretraining the base model")
     trainer.save_model()
 
 
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps: shows that everything runs")
     arguments = parser.parse_args()
     skip_without_data("alpaca")
-    pretrain_steps, max_steps = (20, 20) if arguments.quick else (600, 600)
+    pretrain_steps, max_steps = (20, 20) if arguments.quick else (200, 200)
 
     files = {}
     rows = split_rows(arguments.seed)
