@@ -76,6 +76,7 @@ class Recorder:
 
     def __init__(self, output_dir: str | Path):
         self.output_dir = Path(output_dir)
+        self._hashes: list[str] | None = None
 
     def write_config(self, settings: dict[str, Any], info: dict[str, Any]) -> None:
         """``settings`` are command line names and values; ``info`` goes under ``run_info``, which replays ignore."""
@@ -114,6 +115,8 @@ class Recorder:
         ``last_loss`` is in nats per token. Rows that never entered training (``kept`` False: prompt too long) have
         weight 0.
         """
+        if self._hashes is None:  # the rows of a run do not change: hashed once, not at every checkpoint
+            self._hashes = content_hashes(train_rows)
         num_rows = len(train_rows)
         kept_N = np.zeros(num_rows, dtype=bool)
         kept_N[np.asarray(kept_ids, dtype=np.int64)] = True
@@ -121,7 +124,7 @@ class Recorder:
             "example_id": np.arange(num_rows),
             "source": train_rows["source"] if "source" in train_rows.column_names else [None] * num_rows,
             "row": train_rows["row"] if "row" in train_rows.column_names else np.arange(num_rows),
-            "content_hash": content_hashes(train_rows),
+            "content_hash": self._hashes,
             "weight": selector.all_weights().numpy(),
             "score": np.where(kept_N, selector.table.score_N.numpy(), np.float32(np.nan)),
             "num_updates": selector.num_updates_N.numpy(),

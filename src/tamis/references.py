@@ -28,11 +28,16 @@ REFERENCE_NAMES = ("zero", "base", "tracked")
 _TRACKED_ADAPTER = "tamis_tracked"
 
 
-def fused_losses(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Token-mean losses (B) of a batch by a model that carries TRL's fused LM head."""
+def fused_forward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Token-mean losses (B) of a batch by a model that carries TRL's fused LM head, and all of its outputs."""
     outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     nll_B, _ = example_losses(outputs.log_probs, outputs.label_mask)
-    return nll_B
+    return nll_B, outputs
+
+
+def fused_losses(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The losses of `fused_forward` alone."""
+    return fused_forward(model, inputs)[0]
 
 
 class ZeroReference:

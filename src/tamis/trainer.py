@@ -21,11 +21,11 @@ from transformers import set_seed
 from trl import SFTTrainer
 
 from tamis._compat import prepare_data_loader
-from tamis.bilevel import example_losses, penalty_gap, rho_at, row_coefficients
+from tamis.bilevel import penalty_gap, rho_at, row_coefficients
 from tamis.config import BilevelConfig
 from tamis.data import attach_example_ids, check_overlap, check_rows, fingerprint, row_name
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info, write_atomically
-from tamis.references import ZeroReference, make_reference
+from tamis.references import ZeroReference, fused_forward, make_reference
 from tamis.scout import judge_rows
 from tamis.selectors import make_selector
 from tamis.stream import BilevelBatchSampler, BilevelCollator, upper_id
@@ -255,7 +255,7 @@ class BilevelTrainer(SFTTrainer):
         if self.selector.uses_excess and num_lower:
             with self.accelerator.autocast():  # a copy of the model does not bring its own, as the model does
                 reference_L = self.reference.losses(lower_inputs, ids_L)
-        nll_B, outputs = self._forward(model, inputs)
+        nll_B, outputs = fused_forward(model, inputs)
 
         loss_B = nll_B.detach().float().cpu()
         excess_L = loss_B[:num_lower] - reference_L
@@ -275,12 +275,6 @@ class BilevelTrainer(SFTTrainer):
         if num_lower:
             self.reference.backward((1.0 - rho) * weights_L * lower_share_L)
         return loss
-
-    @staticmethod
-    def _forward(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        nll_B, _ = example_losses(outputs.log_probs, outputs.label_mask)
-        return nll_B, outputs
 
     def _share(self, num_tokens_R: Tensor, level: int) -> Tensor:
         """What each of R rows counts in the mean over its level (0 lower, 1 upper) of the whole step."""
@@ -335,7 +329,7 @@ class BilevelTrainer(SFTTrainer):
     def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
         if return_outputs:  # a user's compute_metrics wants the logits: TRL's own path builds them
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        nll_B, outputs = self._forward(model, inputs)
+        nll_B, outputs = fused_forward(model, inputs)
         exact_B = (outputs.is_top1.bool() | ~outputs.label_mask).all(dim=1)
         exact_B = self.accelerator.gather_for_metrics(exact_B.float().contiguous())
         self._metrics["eval"]["exact_match"].extend(exact_B.tolist())
