@@ -8,7 +8,7 @@ from conftest import GradientRecorder, assert_close, lora, pairs, parameters, pl
 from safetensors.torch import load_file
 
 from tamis import NonFiniteLossError
-from tamis.trainer import BilevelTrainer
+from tamis.references import fused_forward
 
 PLAIN_MIXING = {"selector": "none", "rho": 0.0}
 CHAT = [
@@ -108,8 +108,8 @@ def test_rows_without_any_weight_are_refused(bilevel):
 def test_padding_does_not_change_a_loss(bilevel):
     trainer = bilevel([{"prompt": "1=", "completion": "2"}, {"prompt": "1=", "completion": "2" * 60}], **PLAIN_MIXING)
     rows = [{k: row[k] for k in ("input_ids", "labels")} for row in trainer.train_dataset]
-    together, _ = trainer._forward(trainer.model, trainer.data_collator(rows))
-    alone = [trainer._forward(trainer.model, trainer.data_collator([row]))[0] for row in rows]
+    together, _ = fused_forward(trainer.model, trainer.data_collator(rows))
+    alone = [fused_forward(trainer.model, trainer.data_collator([row]))[0] for row in rows]
     by_hand = [plain_loss(trainer.model, **row) for row in rows]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-6, rtol=0)
     torch.testing.assert_close(together, torch.stack(by_hand), atol=1e-6, rtol=0)
@@ -305,16 +305,16 @@ def test_prompts_that_fill_max_length_are_dropped_and_named(bilevel, caplog):
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monkeypatch):
     trainer = bilevel(pairs(8), pairs(4, 95), max_steps=4, save_strategy="steps", save_steps=1, scout_ratio=0.0)
-    forward, states = BilevelTrainer._forward, []
+    states = []
 
     def poisoned(model, inputs):
-        nll_B, outputs = forward(model, inputs)
+        nll_B, outputs = fused_forward(model, inputs)
         states.append(parameters(model))
         return (
             nll_B * torch.tensor([1, float("nan")] + [1] * (len(nll_B) - 2)) if len(states) == 3 else nll_B
         ), outputs
 
-    monkeypatch.setattr(trainer, "_forward", poisoned)
+    monkeypatch.setattr("tamis.trainer.fused_forward", poisoned)
     ids = []
     collate = trainer.data_collator
     trainer.data_collator = lambda rows: ids.append([row["example_id"] for row in rows]) or collate(rows)
