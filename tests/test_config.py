@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 import yaml
 from conftest import PLAIN, pairs
 from datasets import Dataset
@@ -165,3 +166,10 @@ def test_settings_are_refused_before_the_model_is_loaded(tmp_path, settings):
             train_dataset=rows,
             validation_dataset=Dataset.from_list(pairs(2, 9)),
         )
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only a machine without accelerator falls back to fp32")
+def test_without_an_accelerator_the_default_precision_is_fp32(tmp_path):
+    args = BilevelConfig(output_dir=str(tmp_path))
+    assert args.bf16 is False
+    assert "bf16" not in args.given_settings

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from typing import Any, Literal
 
+import torch
 from trl import SFTConfig
 
 from tamis.references import REFERENCE_NAMES
@@ -218,6 +219,8 @@ class BilevelConfig(SFTConfig):
         given = {n: v for n, v in given.items() if v != defaults[n] and n not in _NOT_REPLAYED}
         kinds = bool | int | float | str | list | dict | None
         self.given_settings = {n: v for n, v in given.items() if isinstance(v, kinds)}
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL's default is bf16, which transformers refuses on a machine with a CPU only
         super().__post_init__()
 
     @property
