@@ -16,14 +16,25 @@ logger = logging.getLogger(__name__)
 # Gentle, so that the model learns what the validation rows want and keeps what it knew (LOG.md: on SIGMORPHON, trained
 # at 2e-3, a scout at 3e-4 ranked rows with AUROC 0.91, at 1e-3 with 0.84).
 _SCOUT_LEARNING_RATE_RATIO = 0.15
-# Not for a replay: a secret, and where an earlier run was taken up.
-_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint")
+# Not for a replay: a secret, where an earlier run was taken up, and what `config.yaml` tells of the run it came from.
+_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "run_info")
 _CHOICES = {
     "selector": SELECTOR_NAMES,
     "score_map": (None, *SCORE_MAPS),
     "reference": REFERENCE_NAMES,
     "loss_reduction": ("example", "token"),
 }
+
+
+def given_fields(arguments: Any) -> dict[str, Any]:
+    """The plain values of a dataclass that differ from their defaults, as `--config` reads them."""
+    defaults = {
+        f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(arguments)
+    }
+    given = {n: getattr(arguments, n) for n in defaults}
+    given = {n: v.value if isinstance(v, Enum) else v for n, v in given.items()}
+    given = {n: v for n, v in given.items() if v != defaults[n] and n not in _NOT_REPLAYED}
+    return {n: v for n, v in given.items() if isinstance(v, bool | int | float | str | list | dict | None)}
 
 
 class Resolved:
@@ -210,15 +221,8 @@ class BilevelConfig(SFTConfig):
         return resolved
 
     def __post_init__(self) -> None:
-        # What was given, before the parent classes resolve fields of their own: this is what a replay needs.
-        defaults = {
-            f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(self)
-        }
-        given = {n: getattr(self, n) for n in defaults}
-        given = {n: v.value if isinstance(v, Enum) else v for n, v in given.items()}
-        given = {n: v for n, v in given.items() if v != defaults[n] and n not in _NOT_REPLAYED}
-        kinds = bool | int | float | str | list | dict | None
-        self.given_settings = {n: v for n, v in given.items() if isinstance(v, kinds)}
+        # Before the parent classes resolve fields of their own: this is what a replay needs.
+        self.given_settings = given_fields(self)
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False  # TRL's default is bf16, which transformers refuses on a machine with a CPU only
         super().__post_init__()
@@ -248,7 +252,8 @@ class BilevelConfig(SFTConfig):
             )
         if self.uses_validation and not has_validation:
             raise ValueError(
-                f"rho={self.rho} weighs the validation rows, but --validation_dataset is missing; or set --rho 0"
+                f"rho={self.rho}, rho_start={self.rho_start} weigh the validation rows, but --validation_dataset is "
+                "missing; or set --rho 0 and leave --rho_start out"
             )
         if self.scout_ratio and (self.selector not in ("mirror", "bmo") or self.reference == "tracked"):
             raise ValueError(

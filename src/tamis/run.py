@@ -1,13 +1,13 @@
 """One run, from named files to a run directory: what `tamis train`, the demo and the comparisons all go through."""
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from tamis.config import BilevelConfig
+from tamis.config import BilevelConfig, given_fields
 from tamis.data import load_rows
 from tamis.progress import ProgressCallback, use_progress
 from tamis.trainer import BilevelTrainer
@@ -96,7 +96,7 @@ def train(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> 
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.config_settings = _given(data) | args.given_settings | _given(model_args)
+    trainer.config_settings = given_fields(data) | args.given_settings | given_fields(model_args)
     use_progress(trainer, ProgressCallback("training"))
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate() if "eval_dataset" in datasets else {}
@@ -105,9 +105,3 @@ def train(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> 
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics
-
-
-def _given(arguments: Any) -> dict[str, Any]:
-    """The fields that differ from their defaults."""
-    values = {f.name: (getattr(arguments, f.name), f.default) for f in fields(arguments) if f.name != "run_info"}
-    return {name: value for name, (value, default) in values.items() if value != default and value is not None}

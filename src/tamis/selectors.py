@@ -192,9 +192,11 @@ class Selector(ABC):
         return self.table.weights_of(self.table.score_N)
 
     def effective_sample_size(self) -> float:
+        """``(sum w)^2 / sum w^2`` over all rows, between 1 and N."""
         return self.table.effective_sample_size()
 
     def entropy(self) -> float:
+        """Entropy in nats of the weights as a distribution over rows, at most ``log(N)``."""
         return self.table.entropy()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -207,6 +209,11 @@ class Selector(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`.
+
+        Raises:
+            ValueError: the state is that of another number of rows.
+        """
         if len(state["score_N"]) != len(self.table):
             raise ValueError(
                 f"the checkpoint scores {len(state['score_N'])} training rows, the dataset has {len(self.table)}: "
