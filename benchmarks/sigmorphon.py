@@ -26,7 +26,7 @@ NUM_VALIDATION, NUM_TRAIN = 200, 4000
 RHOS = (0.1, 0.3, 0.8)
 PRETRAIN_STEPS = 2500
 SETTINGS = {
-    "max_steps": 900, "learning_rate": 2e-3, "warmup_steps": 20, "per_device_train_batch_size": 16,
+    "max_steps": 1500, "learning_rate": 2e-3, "warmup_steps": 20, "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 250, "logging_steps": 100, "save_strategy": "no", "max_length": 128,
     "report_to": "none", "bf16": False, "activation_checkpointing": False, "use_cpu": True,
 }  # fmt: skip
