@@ -128,6 +128,12 @@ def pairs(num_rows: int, start: int = 0, wrong: bool = False) -> list[dict[str, 
     return rows
 
 
+def token_ids(text: str) -> list[int]:
+    """Of the tiny tokenizer, one for each character; a dot is the token that closes an answer."""
+    tokenizer = tiny_tokenizer()
+    return [tokenizer.eos_token_id if c == "." else tokenizer.convert_tokens_to_ids(c) for c in text]
+
+
 def parameters(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 

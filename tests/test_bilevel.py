@@ -9,6 +9,7 @@ from tamis.bilevel import (
     bmo_weights,
     effective_sample_size,
     example_losses,
+    importance_weights,
     penalty_gap,
     rho_at,
     row_coefficients,
@@ -139,3 +140,120 @@ def test_excess_loss_over_rho_converges_to_the_hypergradient():
     orders = [math.log10(errors[i] / errors[i + 1]) for i in range(2)]
     assert orders == pytest.approx([1, 1], abs=0.1), f"first order in rho / (1 - rho): errors {errors} at {rhos}"
     assert errors[-1] < 1e-3 * exact.abs().max()
+
+
+class SequencePolicy:
+    """All sequences of 3 symbols x 3 places: an autoregressive model whose every probability can be written down."""
+
+    def __init__(self, seed: int, spread: float = 1.0):
+        generator = torch.Generator().manual_seed(seed)
+        # One row of logits for each prefix: the empty one, 3 of one symbol, 9 of two.
+        self.logits = (spread * torch.randn(13, 3, generator=generator, dtype=F64)).requires_grad_()
+
+    def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
+        """Of the 27 sequences, every step at this temperature."""
+        steps = torch.log_softmax(self.logits / temperature, dim=-1)
+        first, second, third = steps[0], steps[1:4], steps[4:].view(3, 3, 3)
+        return (first[:, None, None] + second[:, :, None] + third).reshape(27)
+
+    def score_gradients(self) -> torch.Tensor:
+        """Gradients (27 x 39) of ``l_y = -log p(y)``, one row for each sequence."""
+        losses = -self.log_probs()
+        return torch.stack([torch.autograd.grad(loss, self.logits, retain_graph=True)[0].flatten() for loss in losses])
+
+    def penalty_gradient(self, temperature: float) -> torch.Tensor:
+        """Gradient (39) of the smoothed minimum over all 27 sequences."""
+        return torch.autograd.grad(smoothed_minimum(-self.log_probs(), temperature), self.logits)[0].flatten()
+
+
+@pytest.mark.parametrize(("tau", "sampling_temperature"), [(0.5, 1.0), (0.5, 1.4), (1.0, 1.0), (1.0, 0.8)])
+def test_importance_weights_estimate_the_gradient_of_the_smoothed_minimum(tau, sampling_temperature):
+    """Answers of an older policy, drawn at a temperature; the error is what the delta method says, about 1/sqrt(G)."""
+    policy, older = SequencePolicy(seed=0), SequencePolicy(seed=1, spread=0.7)
+    log_p, log_old = policy.log_probs().detach(), older.log_probs().detach()
+    log_q = older.log_probs(sampling_temperature).detach()
+    gradients, exact = policy.score_gradients(), policy.penalty_gradient(tau)
+    ratios = (log_p / tau - log_q).exp()
+    deviations = (gradients - exact).square().sum(dim=1)
+    constant = (log_q.exp() * (ratios / (log_q.exp() * ratios).sum()).square() * deviations).sum().sqrt().item()
+
+    generator = torch.Generator().manual_seed(0)
+    for num_answers, num_trials in ((400, 400), (40_000, 50)):
+        drawn = torch.multinomial(
+            log_q.exp().expand(num_trials, 27), num_answers, replacement=True, generator=generator
+        )
+        weights, _ = importance_weights(log_p[drawn], log_old[drawn], log_q[drawn], temperature=tau)
+        per_sequence = torch.zeros(num_trials, 27, dtype=F64).scatter_add_(1, drawn, weights)
+        squared = (per_sequence @ gradients - exact).square().sum(dim=1)
+        assert squared.mean().sqrt().item() == pytest.approx(constant / math.sqrt(num_answers), rel=0.15)
+    assert tau == 1 or squared.mean().sqrt() < 0.1 * exact.norm(), "at tau = 1 it is zero: the score function"
+
+
+@pytest.mark.parametrize(("tau", "is_zero"), [(1.0, True), (0.5, False)])
+def test_fresh_answers_at_temperature_one_have_no_gradient_on_average(tau, is_zero):
+    """The score function: over all answers, and over all pairs of answers with self-normalised weights."""
+    policy = SequencePolicy(seed=0)
+    log_p, gradients = policy.log_probs().detach(), policy.score_gradients()
+    plain = (log_p.exp() * (log_p / tau - log_p).exp()) @ gradients
+    first, second = torch.cartesian_prod(torch.arange(27), torch.arange(27)).unbind(1)
+    pairs = torch.stack([first, second], dim=1)
+    weights, _ = importance_weights(log_p[pairs], log_p[pairs], log_p[pairs], temperature=tau)
+    probability = (log_p[first] + log_p[second]).exp()
+    normalised = torch.einsum("p,pg,pgd->d", probability, weights, gradients[pairs])
+    for average in (plain, normalised):
+        assert (average.abs().max().item() < 1e-12) is is_zero, "a smaller temperature sharpens"
+
+
+def test_fresh_answers_at_temperature_one_count_the_same():
+    log_p = SequencePolicy(seed=2).log_probs().detach()[:5]
+    weights, clipped = importance_weights(log_p, log_p, log_p)
+    torch.testing.assert_close(weights, torch.full((5,), 0.2, dtype=F64))
+    assert not clipped.any()
+
+
+def test_importance_weights_on_a_hand_computed_example():
+    p, old, q = (torch.tensor(values, dtype=F64) for values in ([0.4, 0.1], [0.2, 0.2], [0.5, 0.25]))
+    weights, _ = importance_weights(p.log(), old.log(), q.log(), temperature=0.5)
+    torch.testing.assert_close(weights, torch.tensor([0.32, 0.04], dtype=F64) / 0.36)  # p^2 / q
+    weights, _ = importance_weights(p.log().expand(3, 2).T, old.log().expand(3, 2).T, q.log().expand(3, 2).T, dim=0)
+    torch.testing.assert_close(weights, torch.tensor([[2 / 3], [1 / 3]], dtype=F64).expand(2, 3))  # p / q = 0.8, 0.4
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+def test_only_the_ratio_to_the_older_policy_is_clipped(tau):
+    ratios = torch.tensor([10.0, 5.0, 1.0, 0.2, 0.01], dtype=F64)
+    old = torch.tensor([0.01, 0.2, 0.3, 0.1, 0.05], dtype=F64)
+    q = torch.tensor([0.4, 0.01, 0.2, 0.1, 0.3], dtype=F64)
+    log_p = ratios.log() + old.log()
+    weights, clipped = importance_weights(log_p, old.log(), q.log(), temperature=tau, ratio_clip=6.0)
+    assert clipped.tolist() == [True, False, False, False, True]
+    kept = torch.tensor([6.0, 5.0, 1.0, 0.2, 1 / 6], dtype=F64)
+    expected = (kept * old) ** (1 / tau) / q
+    torch.testing.assert_close(weights, expected / expected.sum())
+    weights, clipped = importance_weights(log_p, old.log(), q.log(), temperature=tau, ratio_clip=1.0)
+    torch.testing.assert_close(weights, old ** (1 / tau) / q / (old ** (1 / tau) / q).sum())
+    assert clipped.tolist() == [True, True, False, True, True]
+    unclipped, clipped = importance_weights(log_p, old.log(), q.log(), temperature=tau)
+    torch.testing.assert_close(unclipped, (ratios * old) ** (1 / tau) / q / ((ratios * old) ** (1 / tau) / q).sum())
+    assert not clipped.any()
+
+
+def test_importance_weights_are_no_path_for_gradients():
+    log_p = torch.tensor([-1.0, -2.0], requires_grad=True)
+    weights, clipped = importance_weights(log_p, torch.tensor([-1.5, -1.5]), torch.tensor([-1.0, -1.0]))
+    assert not weights.requires_grad and not clipped.requires_grad
+    (weights * log_p).sum().backward()
+    torch.testing.assert_close(log_p.grad, weights)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature of the response weights must be positive, got 0"),
+        ({"temperature": -1.0}, "temperature of the response weights must be positive"),
+        ({"ratio_clip": 0.5}, "ratio_clip must be at least 1, got 0.5"),
+    ],
+)
+def test_importance_weights_refuse_what_has_no_meaning(settings, message):
+    with pytest.raises(ValueError, match=message):
+        importance_weights(torch.zeros(2), torch.zeros(2), torch.zeros(2), **settings)

@@ -37,6 +37,13 @@ def check(config, *, has_validation=True, has_weight=False) -> None:
         ({"scout_ratio": 0.2, "selector": "softmax"}, "leave --scout_ratio out"),
         ({"scout_ratio": 0.2, "reference": "tracked"}, "leave --scout_ratio out"),
         ({"selector": "column"}, "name it by --weight_column"),
+        ({"refine_fraction": 1.5}, "refine_fraction must lie between 0 and 1, got 1.5"),
+        ({"refine_fraction": -0.1}, "refine_fraction must lie between 0 and 1"),
+        ({"refine_every": 0.0}, "refine_every must be positive, got 0"),
+        ({"refine_start": -1.0}, "refine_start must not be negative, got -1"),
+        ({"ratio_clip": 0.9}, "ratio_clip must be at least 1, got 0.9"),
+        ({"generation_top_p": 1.1}, "generation_top_p must lie between 0 and 1, got 1.1"),
+        ({"refine_fraction": 0.5, "selector": "none"}, "there is no lowest. Set --refine_policy random"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, settings, message):
@@ -69,6 +76,27 @@ def test_rho_needs_a_validation_dataset(tmp_path):
         ({"reference_learning_rate": 1e-5}, "reference_learning_rate"),
         ({"rho_decay_ratio": 0.5}, "rho_decay_ratio"),
         ({"rho": 0.0, "selector": "none"}, "validation_dataset"),
+        ({"refine_every": 100}, "refine_every"),
+        ({"refine_start": 10}, "refine_start"),
+        ({"refine_policy": "random"}, "refine_policy"),
+        ({"refine_on_error": "continue"}, "refine_on_error"),
+        ({"num_generations": 8}, "num_generations"),
+        ({"response_weighting": "uniform"}, "response_weighting"),
+        ({"response_temperature": 0.5}, "response_temperature"),
+        ({"ratio_level": "sequence"}, "ratio_level"),
+        ({"ratio_clip": 2.0}, "ratio_clip"),
+        ({"generation_temperature": 0.7}, "generation_temperature"),
+        ({"generation_top_p": 0.9}, "generation_top_p"),
+        ({"max_new_tokens": 16}, "max_new_tokens"),
+        ({"generation_batch_size": 16}, "generation_batch_size"),
+        ({"generator": "vllm"}, "generator"),
+        ({"refine_fraction": 0.5, "response_weighting": "uniform", "ratio_clip": 2.0}, "ratio_clip"),
+        ({"refine_fraction": 0.5, "response_weighting": "uniform", "ratio_level": "sequence"}, "ratio_level"),
+        ({"refine_fraction": 0.5, "vllm_mode": "server"}, "vllm_mode"),
+        ({"refine_fraction": 0.5, "vllm_server_base_url": "http://127.0.0.1:9"}, "vllm_server_base_url"),
+        ({"refine_fraction": 0.5, "vllm_gpu_memory_utilization": 0.5}, "vllm_gpu_memory_utilization"),
+        ({"refine_fraction": 0.5, "generator": "vllm", "generation_batch_size": 16}, "generation_batch_size"),
+        ({"refine_fraction": 0.5, "generator": "vllm", "vllm_server_base_url": "http://b:9"}, "vllm_server_base_url"),
     ],
 )
 def test_what_has_no_effect_is_said(tmp_path, caplog, settings, name):
@@ -86,6 +114,10 @@ def test_what_has_no_effect_is_said(tmp_path, caplog, settings, name):
         {"reference_learning_rate": 1e-5, "reference": "tracked"},
         {"rho_start": 0.9, "rho_decay_ratio": 0.5},
         {"rho": 0.0, "rho_start": 0.9},
+        {"refine_fraction": 0.5, "refine_every": 100, "refine_start": 10, "num_generations": 8},
+        {"refine_fraction": 0.5, "ratio_clip": 2.0, "ratio_level": "sequence", "response_temperature": 0.5},
+        {"refine_fraction": 0.5, "selector": "none", "refine_policy": "random"},
+        {"refine_fraction": 0.5, "generator": "vllm", "vllm_mode": "server"},
     ],
 )
 def test_what_has_an_effect_is_not_warned_of(tmp_path, caplog, settings):
@@ -109,6 +141,18 @@ def test_scout_learning_rate_has_an_effect_by_default(tmp_path, caplog):
         {"scout_learning_rate": -1.0},
         {"reference_learning_rate": 0.0, "reference": "tracked"},
         {"per_device_validation_batch_size": 0},
+        {"num_generations": 0},
+        {"max_new_tokens": 0},
+        {"generation_batch_size": 0},
+        {"generation_temperature": 0.0},
+        {"generation_top_p": 0.0},
+        {"response_temperature": 0.0},
+        {"refine_policy": "highest"},
+        {"refine_on_error": "ignore"},
+        {"response_weighting": "softmax"},
+        {"ratio_level": "word"},
+        {"generator": "sglang"},
+        {"vllm_mode": "remote"},
     ],
 )
 def test_values_that_mean_nothing_are_refused(tmp_path, settings):
@@ -124,6 +168,32 @@ def test_defaults_are_resolved(tmp_path):
     given = config(tmp_path, scout_ratio=0.0, per_device_validation_batch_size=2, rho_start=1.0).resolve()
     assert (given.scout_ratio, given.per_device_validation_batch_size, given.rho_start) == (0.0, 2, 1.0)
     assert "scout_ratio = 0.0 (as given)" in given.announcements
+
+
+def test_generation_takes_the_rows_of_a_micro_batch(tmp_path):
+    settings = {"per_device_train_batch_size": 3, "per_device_validation_batch_size": 2}
+    assert config(tmp_path, refine_fraction=0.5, **settings).resolve().generation_batch_size == 5
+    assert config(tmp_path, refine_fraction=0.5, generation_batch_size=64).resolve().generation_batch_size == 64
+    assert not any("generation" in line for line in config(tmp_path, **settings).resolve().announcements)
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        ({}, 0),
+        ({"selector": "column"}, 0),
+        ({"refine_policy": "random", "selector": "softmax"}, 0),
+        ({"scout_ratio": 0.0}, 0.25),
+        ({"selector": "softmax"}, 0.25),
+        ({"scout_ratio": 0.0, "refine_start": 7}, 7),
+    ],
+)
+def test_refining_starts_when_the_scores_say_something(tmp_path, settings, start):
+    assert config(tmp_path, refine_fraction=0.5, **settings).resolve().refine_start == start
+
+
+def test_a_vllm_server_is_looked_for_on_this_machine_only(tmp_path):
+    assert config(tmp_path).vllm_server_base_url.startswith("http://127.0.0.1:")
 
 
 @pytest.mark.parametrize(

@@ -5,27 +5,28 @@ import torch
 from conftest import assert_close, lora, pairs, parameters, plain_loss
 from trl import SFTConfig
 
-from tamis.scout import judge_rows, put_back, row_losses
+from tamis.scout import Scout, put_back, row_losses
 
 RIGHT = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(12)]
 WRONG = [{"prompt": f"{i}=", "completion": "b" * (1 + i % 3)} for i in range(12)]
 TRUSTED = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(20, 26)]
 
 
-def judge(trainer, *, reference="base", num_steps=3, learning_rate=1e-2, batch_size=4):
-    return judge_rows(
+def scout_of(trainer, reference="base") -> Scout:
+    return Scout(
         trainer.model,
         trainer.args,
-        trainer.train_dataset,
-        trainer.validation_dataset,
-        trainer.processing_class,
         trainer.data_collator,
         trainer.accelerator,
-        reference=reference,
-        num_steps=num_steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
+        trainer.processing_class,
+        reference,
     )
+
+
+def judge(trainer, *, reference="base", num_steps=3, learning_rate=1e-2, batch_size=4):
+    scout = scout_of(trainer, reference)
+    scout.descend(trainer.validation_dataset, num_steps=num_steps, learning_rate=learning_rate, batch_size=batch_size)
+    return scout.losses(trainer.train_dataset), scout.reference_losses(trainer.train_dataset)
 
 
 def losses_one_by_one(trainer) -> torch.Tensor:

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tamis.scores import SCORE_MAPS, ScoreTable
 from tamis.selectors import (
-    SCORE_MAPS,
     SELECTOR_NAMES,
     AdamSelector,
     BmoSelector,
     ColumnSelector,
     MirrorSelector,
-    ScoreTable,
     make_selector,
     separation,
 )
@@ -345,3 +344,74 @@ def test_judging_is_sharper_where_two_kinds_stand_apart():
 
     assert weight_of_wrong_rows(1.0) < 0.01
     assert weight_of_wrong_rows(0.3) < weight_of_wrong_rows(0.1) < 0.5
+
+
+# --- rows whose answer was rewritten ----------------------------------------------------------------------------------
+
+
+def trained(name: str, score_map: str = "bounded"):
+    """A selector whose 40 rows have scores of all kinds."""
+    selector = selector_of(name, 40, score_map=score_map)
+    for ids, loss in batches(40, num_steps=40):
+        selector.update(ids, loss, loss)
+    return selector
+
+
+@pytest.mark.parametrize("score_map", SCORE_MAPS)
+@pytest.mark.parametrize("name", ["mirror", "bmo", "column", "none"])
+def test_a_rewritten_row_starts_again_with_weight_one(name, score_map):
+    selector = trained(name, score_map)
+    ids = selector.all_weights().argsort()[:15]  # those with the least say: they pull the mean of all down
+    others = torch.ones(40, dtype=torch.bool)
+    others[ids] = False
+    scores = selector.scores(torch.arange(40)).clone()
+    for _ in range(2):  # again at the next refresh
+        selector.restart(ids)
+        torch.testing.assert_close(selector.all_weights()[ids], torch.ones(15))
+        assert torch.equal(selector.scores(torch.arange(40))[others], scores[others])
+    assert not selector.num_updates_N[ids].any()
+    assert torch.equal(selector.num_updates_N[others], trained(name, score_map).num_updates_N[others])
+
+
+@pytest.mark.parametrize("score_map", SCORE_MAPS)
+def test_all_rows_rewritten_have_weight_one(score_map):
+    selector = trained("mirror", score_map)
+    selector.restart(torch.arange(40))
+    torch.testing.assert_close(selector.all_weights(), torch.ones(40))
+
+
+@pytest.mark.parametrize("score_map", SCORE_MAPS)
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+def test_a_restored_row_has_its_old_weight(name, score_map):
+    selector, ids = trained(name, score_map), torch.tensor([3, 17, 29])
+    weights, scores = selector.all_weights().clone(), selector.scores(torch.arange(40)).clone()
+    selector.restart(ids)
+    selector.restore(ids, scores[ids])
+    assert torch.equal(selector.scores(torch.arange(40)), scores)
+    torch.testing.assert_close(selector.all_weights(), weights, rtol=1e-6, atol=0)
+    torch.testing.assert_close(selector.weights_of(scores), weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("score_map", SCORE_MAPS)
+@pytest.mark.parametrize("name", ["mirror", "bmo"])
+def test_new_answers_are_judged_as_the_own_ones_were(name, score_map):
+    excess = torch.cat([loss for _, loss in batches(40, num_steps=5)])
+    selector = make_selector(name, 40, score_map=score_map)
+    selector.judge(torch.arange(40), excess, excess)
+    expected = selector.table.score_N.clone()
+    ids = torch.tensor([30, 2, 11, 7])
+    selector.restart(ids)
+    assert not torch.equal(selector.table.score_N[ids], expected[ids])
+    assert torch.equal(selector.judged_scores(excess[ids]), expected[ids]), "whatever their scores are at present"
+    selector.restore(ids, selector.judged_scores(excess[ids]))
+    assert torch.equal(selector.table.score_N, expected)
+
+
+def test_adam_forgets_what_it_knew_of_a_rewritten_row():
+    selector, ids = trained("softmax"), torch.tensor([4, 8])
+    selector.restart(ids)
+    excess = torch.tensor([2.0, -3.0])
+    before = selector.scores(ids).clone()
+    selector.update(ids, excess, excess)
+    moved = selector.scores(ids) - before
+    torch.testing.assert_close(moved.abs(), torch.full((2,), 0.1), rtol=1e-2, atol=0), "Adam's first step"

@@ -11,6 +11,8 @@ and the weights follow the *excess loss* ``e = l(theta) - l(theta_reference)``, 
 objective in ``w`` (arXiv 2302.05185 for the penalty, arXiv 2511.21056 for its use on training rows).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,46 @@ def bmo_weights(nll: Tensor, temperature: float, dim: int = -1) -> Tensor:
     if temperature <= 0:
         raise ValueError(f"the BMO temperature must be positive, got {temperature}")
     return torch.softmax(-nll.detach() / temperature, dim=dim)
+
+
+def importance_weights(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    sampling_log_prob: Tensor,
+    *,
+    temperature: float = 1.0,
+    ratio_clip: float = math.inf,
+    dim: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """BMO weights of sampled answers: self-normalised importance ratios along ``dim``, under stop-gradient.
+
+    Answers drawn from ``q`` estimate the gradient of the smoothed minimum over *all* answers, whose weights are
+    ``softmax(-l / tau)``, that is ``p^(1 / tau)`` normalised, if each counts ``p^(1 / tau) / q`` (our derivation;
+    checked on enumerable answers in tests/test_bilevel.py). With ``r = p / p_old`` the importance ratio between the
+    model and the one that generated, that is ``r^(1 / tau) * p_old^(1 / tau) / q``: what is clipped is ``r``, which
+    grows with the age of the answers; the second factor is a constant of the answer.
+
+    Args:
+        log_prob: nats, of the answers under the model; their sums over tokens, or means for the token-wise ratio.
+        old_log_prob: the same under the model that generated them.
+        sampling_log_prob: the same under the distribution they were drawn from (with the sampling temperature).
+        temperature: tau; 1 is the plain ratio, smaller is sharper.
+        ratio_clip: ``r`` is kept within ``[1 / ratio_clip, ratio_clip]``.
+
+    Returns:
+        The weights, which sum to one along ``dim``, and where the ratio was clipped (bool).
+
+    Raises:
+        ValueError: ``temperature`` is not positive, or ``ratio_clip`` is below 1.
+    """
+    if temperature <= 0:
+        raise ValueError(f"the temperature of the response weights must be positive, got {temperature}")
+    if ratio_clip < 1:
+        raise ValueError(f"ratio_clip must be at least 1, got {ratio_clip}")
+    log_ratio = log_prob.detach() - old_log_prob
+    clipped = log_ratio.clamp(-math.log(ratio_clip), math.log(ratio_clip))
+    log_weights = (clipped + old_log_prob) / temperature - sampling_log_prob
+    return torch.softmax(log_weights, dim=dim), clipped != log_ratio
 
 
 def smoothed_minimum(nll: Tensor, temperature: float, dim: int = -1) -> Tensor:

@@ -25,18 +25,24 @@ def make_train_parser() -> Any:
     from trl import ModelConfig, SFTConfig, TrlParser
 
     from tamis.config import BilevelConfig
+    from tamis.refine_config import RefineConfig
     from tamis.run import DataArguments
 
     transformers_own = {f.name for f in fields(TrainingArguments)}
     trl_own = {f.name for f in fields(SFTConfig)} - transformers_own
-    titles = ("data", "selection and its two levels", "model and LoRA", "rows to tokens", "training")
+    refining = {f.name for f in fields(RefineConfig)} - trl_own - transformers_own
+    titles = ("data", "selection and its two levels", "online refining", "model and LoRA", "rows to tokens", "training")
 
     def title_of(dtype: Any, name: str) -> str:
         if dtype is DataArguments:
-            return titles[0]
+            return "data"
         if dtype is ModelConfig:
-            return titles[2]
-        return titles[4] if name in transformers_own else titles[3] if name in trl_own else titles[1]
+            return "model and LoRA"
+        if name in refining:
+            return "online refining"
+        if name in transformers_own:
+            return "training"
+        return "rows to tokens" if name in trl_own else "selection and its two levels"
 
     class GroupedParser(TrlParser):
         def _add_dataclass_arguments(self, dtype):
@@ -62,13 +68,14 @@ def main(argv: list[str] | None = None) -> int:
     if command not in ("train", "demo"):
         print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
         return 2
+    from tamis.generation import GenerationError
     from tamis.trainer import NonFiniteLossError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tamis").setLevel(logging.INFO)
     try:
         return _run_train(options) if command == "train" else _run_demo(options)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, GenerationError) as error:
         print(f"tamis {command}: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, YAMLError) as error:
@@ -87,6 +94,8 @@ def _run_train(options: list[str]) -> int:
         if name in metrics:
             print(f"{name} {metrics[name]:.4f}")
     print(f"weights {args.output_dir}/weights.parquet")
+    if args.refine_fraction:
+        print(f"answers {args.output_dir}/refinements.parquet")
     print(f"model {args.output_dir}")
     return 0
 

@@ -25,6 +25,8 @@ from tamis.selectors import STATIC_SELECTORS
 
 logger = logging.getLogger(__name__)
 
+REFINING = "tamis, refining"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -32,8 +34,9 @@ class Task:
 
     Attributes:
         model_dir: the base model.
-        train_file: JSONL rows whose column ``is_right`` tells which are right; no method but the oracle knows.
-        clean_file: the right rows of ``train_file`` alone.
+        train_file: JSONL rows. Columns that no method reads: ``is_right``, and ``right_answer`` where it is known.
+        clean_file: the right rows of ``train_file`` alone; or, where kinds of questions have none, all questions with
+            their right answers.
         validation_file, eval_file: trusted and held-out rows.
         fingerprint: changes when any of them does.
     """
@@ -120,13 +123,49 @@ def learned_weights(output_dir: Path, method_name: str, task: Task) -> tuple[np.
     return weights, is_right
 
 
+def right_answers(output_dir: Path, method_name: str, task: Task) -> list[dict[str, float]]:
+    """Of each refresh of a method's run: its step, and the share of right ones among the generated answers.
+
+    ``share`` counts all answers alike, ``weighted_share`` each as much as it is trained on. ``length`` is the mean
+    length of an answer in letters, ``length_of_top`` that of the tenth of the questions with the highest weights.
+    """
+    table = pq.read_table(run_dir(output_dir, method_name) / "refinements.parquet").to_pylist()
+    with open(task.train_file, encoding="utf-8") as file:
+        truth = [json.loads(line)["right_answer"] for line in file]
+    refreshes = []
+    for step in sorted({record["step"] for record in table}):
+        records = [record for record in table if record["step"] == step]
+        right = np.array([[text == truth[r["example_id"]] for text in r["responses"]] for r in records])
+        weights = np.array([np.array(r["response_weights"]) * r["question_weight"] for r in records])
+        share, weighted = right.mean(), (right * weights).sum() / max(weights.sum(), 1e-12)
+        lengths = np.array([np.mean([len(text) for text in r["responses"]]) for r in records])
+        top = np.argsort([-r["question_weight"] for r in records])[: max(len(records) // 10, 1)]
+        refreshes.append(
+            {
+                "step": step,
+                "share": float(share),
+                "weighted_share": float(weighted),
+                "length": float(lengths.mean()),
+                "length_of_top": float(lengths[top].mean()),
+            }
+        )
+    return refreshes
+
+
 def compare_methods(
-    task: Task, output_dir: Path, common: dict[str, Any], rhos: Sequence[float]
+    task: Task,
+    output_dir: Path,
+    common: dict[str, Any],
+    rhos: Sequence[float],
+    refining: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Run all methods on a task; returns their rows in the order of the table, the oracle last.
 
     Plain SFT, validation rows only, direct mixing for every rho, then with the rho at which mixing did best on the
-    held-out rows: the published rule, tamis, and the oracle that trains on the right rows only.
+    held-out rows: the published rule, tamis, tamis with refining, and the oracle that trains on right answers only.
+
+    Args:
+        refining: its settings; None leaves the method out.
     """
     static = {"selector": "none"}
     first = [
@@ -140,6 +179,7 @@ def compare_methods(
     second = [
         Method("softmax (published)", task.train_file, rho | {"selector": "softmax", "reference": "zero"}),
         Method("tamis", task.train_file, rho),
+        *([Method(REFINING, task.train_file, rho | refining)] if refining else []),
         Method("oracle (right rows)", task.clean_file, rho | static),
     ]
     rows += [run_method(method, task, output_dir, common) for method in second]

@@ -1,40 +1,28 @@
 """Settings of a bilevel run: `BilevelConfig`, an `SFTConfig` with a few more fields."""
 
 import logging
-from dataclasses import MISSING, dataclass, field, fields
-from enum import Enum
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from trl import SFTConfig
 
 from tamis.references import REFERENCE_NAMES
-from tamis.selectors import DEFAULT_LEARNING_RATE, SCORE_MAPS, SELECTOR_NAMES, STATIC_SELECTORS
+from tamis.refine_config import REFINE_CHOICES, RefineConfig, given_fields
+from tamis.scores import SCORE_MAPS
+from tamis.selectors import DEFAULT_LEARNING_RATE, SELECTOR_NAMES, STATIC_SELECTORS
 
 logger = logging.getLogger(__name__)
 
 # Gentle, so that the model learns what the validation rows want and keeps what it knew (LOG.md: on SIGMORPHON, trained
 # at 2e-3, a scout at 3e-4 ranked rows with AUROC 0.91, at 1e-3 with 0.84).
 _SCOUT_LEARNING_RATE_RATIO = 0.15
-# Not for a replay: a secret, where an earlier run was taken up, and what `config.yaml` tells of the run it came from.
-_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "run_info")
 _CHOICES = {
     "selector": SELECTOR_NAMES,
     "score_map": (None, *SCORE_MAPS),
     "reference": REFERENCE_NAMES,
     "loss_reduction": ("example", "token"),
+    **REFINE_CHOICES,
 }
-
-
-def given_fields(arguments: Any) -> dict[str, Any]:
-    """The plain values of a dataclass that differ from their defaults, as `--config` reads them."""
-    defaults = {
-        f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(arguments)
-    }
-    given = {n: getattr(arguments, n) for n in defaults}
-    given = {n: v.value if isinstance(v, Enum) else v for n, v in given.items()}
-    given = {n: v for n, v in given.items() if v != defaults[n] and n not in _NOT_REPLAYED}
-    return {n: v for n, v in given.items() if isinstance(v, bool | int | float | str | list | dict | None)}
 
 
 class Resolved:
@@ -46,6 +34,8 @@ class Resolved:
     scout_learning_rate: float = 0.0
     rho_start: float
     per_device_validation_batch_size: int
+    generation_batch_size: int
+    refine_start: float
 
     def __init__(self) -> None:
         self.announcements: list[str] = []
@@ -58,7 +48,7 @@ class Resolved:
 
 
 @dataclass
-class BilevelConfig(SFTConfig):
+class BilevelConfig(RefineConfig):
     r"""
     Configuration of [`BilevelTrainer`]: everything of [`~trl.SFTConfig`], and the fields below.
 
@@ -103,6 +93,8 @@ class BilevelConfig(SFTConfig):
             number when not set.
         loss_reduction (`str`, *optional*, defaults to `"example"`):
             `"example"`: every row counts the same. `"token"`: every token does, as in `SFTTrainer`.
+
+        and those of [`RefineConfig`], which control the refining.
     """
 
     # TRL turns checkpointing on by a name that transformers has deprecated: the same default by the new name.
@@ -218,6 +210,15 @@ class BilevelConfig(SFTConfig):
             self.per_device_train_batch_size,
             "as many as training rows",
         )
+        if self.refine_fraction:
+            num_rows = self.per_device_train_batch_size + resolved.per_device_validation_batch_size
+            reason = "the rows of a training micro-batch, so that it fits where training fits"
+            resolved.set("generation_batch_size", self.generation_batch_size, num_rows, reason)
+            if resolved.scout_ratio or self.selector == "column" or self.refine_policy == "random":
+                start, reason = 0.0, "the questions to rewrite are known before the first step"
+            else:
+                start, reason = 0.25, "the scores need steps to tell rows apart"
+            resolved.set("refine_start", self.refine_start, start, reason)
         return resolved
 
     def __post_init__(self) -> None:
@@ -244,6 +245,7 @@ class BilevelConfig(SFTConfig):
             ValueError: with the field and the remedy.
         """
         self._refuse_bad_values()
+        self.refuse_bad_refining()
         self._refuse_what_sft_offers()
         if self.selector not in STATIC_SELECTORS and not has_validation:
             raise ValueError(
@@ -263,6 +265,10 @@ class BilevelConfig(SFTConfig):
         if self.selector == "column" and not has_weight:
             raise ValueError(
                 "selector 'column' reads a column 'weight' of the training rows: name it by --weight_column"
+            )
+        if self.refine_fraction and self.refine_policy == "lowest" and self.selector == "none":
+            raise ValueError(
+                "selector 'none' gives all questions one weight: there is no lowest. Set --refine_policy random"
             )
         self._warn_of_settings_without_effect(has_validation)
 
@@ -317,3 +323,4 @@ class BilevelConfig(SFTConfig):
         for name, unused in without_effect.items():
             if unused:
                 logger.warning(f"{name} is set but has no effect with selector '{self.selector}', rho {self.rho}")
+        self.warn_of_refining_without_effect()

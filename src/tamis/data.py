@@ -397,3 +397,22 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def report_dropped(role: str, rows: Dataset, prepared: Dataset, max_length: int | None) -> None:
+    """Say how many rows TRL left out: those whose prompt alone fills ``max_length``.
+
+    Raises:
+        ValueError: those are all rows.
+    """
+    num_dropped = len(rows) - len(prepared)
+    too_long = f"their prompt alone is longer than max_length={max_length}"
+    if num_dropped == len(rows):
+        raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise --max_length")
+    if num_dropped:
+        shown = ""
+        if "example_id" in prepared.column_names:
+            kept = set(prepared["example_id"])
+            lost = [i for i, example_id in enumerate(rows["example_id"]) if example_id not in kept]
+            shown = f" (first: {row_name(rows, role, lost[0])})"
+        logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise --max_length")

@@ -1,7 +1,8 @@
 """`tamis demo`: a small world on disk, and tamis beside its alternatives on it, by the code path of `tamis train`.
 
 What comes out, in the output directory: `world/` (base model, rows, labels), `runs/NAME/` (a run directory each),
-`comparison.json` (one object per method) and `comparison.png` (learning curves; weights of right and wrong rows).
+`comparison.json` (one object per method) and `comparison.png` (learning curves; weights of right and wrong rows; right
+answers among those that refining has generated).
 A run that is there already, with the same settings, is not made again.
 """
 
@@ -12,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from tamis.compare import Task, compare_methods, format_table, learned_weights, run_dir
+from tamis.compare import REFINING, Task, compare_methods, format_table, learned_weights, right_answers, run_dir
 from tamis.recorder import write_atomically
-from tamis.synthetic import make_world
+from tamis.synthetic import SCENARIOS, make_world
 
 MIXING_RHOS = (0.1, 0.3, 0.5, 0.8)
 # What every run on the demo's world shares.
@@ -32,6 +33,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# Half of the rows are wrong; an answer has five letters.
+REFINING_SETTINGS: dict[str, Any] = {"refine_fraction": 0.5, "max_new_tokens": 8, "generation_batch_size": 250}
+
+
 @dataclass
 class DemoArguments:
     """Settings of the demo.
@@ -46,17 +51,17 @@ class DemoArguments:
     output_dir: str = field(default="demo", metadata={"help": "Folder for world, runs, table and picture."})
     seed: int = field(default=0, metadata={"help": "Seed of the world and of all runs."})
     max_steps: int = field(default=600, metadata={"help": "Training steps of every method."})
-    scenario: str = field(default="half_wrong", metadata={"help": "The world: half_wrong or unlike_entropy."})
+    scenario: str = field(default="half_wrong", metadata={"help": f"The world: {', '.join(SCENARIOS)}."})
 
 
 def draw(rows: list[dict[str, Any]], task: Task, output_dir: Path) -> None:
-    """``comparison.png``: accuracy on held-out rows along the runs; weights of right and wrong rows."""
+    """``comparison.png``: learning curves; weights of right and wrong rows; right answers among generated ones."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (curves, *histograms) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure, (curves, *histograms, shares) = plt.subplots(1, 4, figsize=(19, 4.2), layout="constrained")
     best = max((row for row in rows if row["method"].startswith("mixing")), key=lambda row: row["test_accuracy"])
     for row in rows:
         if row["method"].startswith("mixing") and row is not best:
@@ -64,7 +69,7 @@ def draw(rows: list[dict[str, Any]], task: Task, output_dir: Path) -> None:
         with open(run_dir(output_dir, row["method"]) / "metrics.jsonl", encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
         points = {r["step"]: r["eval_exact_match"] for r in records if "eval_exact_match" in r}
-        width = 2.5 if row["method"] == "tamis" else 1.3
+        width = 2.5 if row["method"].startswith("tamis") else 1.3
         curves.plot(list(points), list(points.values()), label=row["method"], linewidth=width)
     curves.set(xlabel="training step", ylabel="exact match on held-out rows", title="Learning curves")
     curves.legend(fontsize=8)
@@ -75,6 +80,12 @@ def draw(rows: list[dict[str, Any]], task: Task, output_dir: Path) -> None:
             axes.hist(weights[mask], bins, alpha=0.6, label=label, color=colour)
         axes.set(xlabel="weight", ylabel="rows", title=f"Weights learned by {name}")
         axes.legend()
+    refreshes = right_answers(output_dir, REFINING, task)
+    steps = [refresh["step"] for refresh in refreshes]
+    shares.plot(steps, [refresh["share"] for refresh in refreshes], "o-", label="all alike")
+    shares.plot(steps, [refresh["weighted_share"] for refresh in refreshes], "s-", label="as they are trained on")
+    shares.set(xlabel="training step", ylim=(0, 1.02), title="Right answers among the generated")
+    shares.legend()
     write_atomically(output_dir / "comparison.png", lambda path: figure.savefig(path, format="png", dpi=110))
     plt.close(figure)
 
@@ -90,7 +101,7 @@ def run_demo(arguments: DemoArguments) -> list[dict[str, Any]]:
         "eval_steps": max(arguments.max_steps // 6, 1),
         "logging_steps": max(arguments.max_steps // 12, 1),
     }
-    rows = compare_methods(task, output_dir, common, MIXING_RHOS)
+    rows = compare_methods(task, output_dir, common, MIXING_RHOS, REFINING_SETTINGS)
     text = json.dumps(rows, indent=1)
     write_atomically(output_dir / "comparison.json", lambda path: path.write_text(text))
     draw(rows, task, output_dir)

@@ -6,6 +6,9 @@
 | `metrics.jsonl`   | one JSON object per log step, appended as training goes                                         |
 | `weights.parquet` | one row per training row: example_id, source, row, content_hash, weight, score, num_updates, ... |
 
+| `refinements.parquet` | one row per refresh and rewritten question: its new answers and their weights at that step |
+| `scout.safetensors`   | what judges new answers (`tamis.scout`); runs with refining only                       |
+
 Files are written under a temporary name and renamed, so that a reader never meets half of one. `metrics.jsonl` is the
 exception: it grows by whole lines and is cut back to the step of the checkpoint on resume.
 """
@@ -15,7 +18,7 @@ import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,14 +26,35 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 import yaml
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from tamis.data import content_hashes
 from tamis.selectors import Selector
 
 FORMAT_VERSION = 1
+_REFINEMENTS = pa.schema(
+    {
+        "example_id": pa.int64(),
+        "source": pa.string(),
+        "row": pa.int64(),
+        "step": pa.int64(),
+        "prompt": pa.string(),
+        "original": pa.string(),
+        "responses": pa.list_(pa.string()),
+        "token_ids": pa.list_(pa.list_(pa.int32())),
+        "statuses": pa.list_(pa.string()),
+        "log_probs": pa.list_(pa.float64()),
+        "response_weights": pa.list_(pa.float64()),
+        "question_weight": pa.float64(),
+        "own_weight": pa.float64(),
+        "is_refined": pa.bool_(),
+    }
+)
 _RECORDED_PACKAGES = ("tamis", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -91,7 +115,12 @@ class Recorder:
             file.write(json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after ``step`` (0: all of it), since those steps run again."""
+        """Drop what was logged after ``step`` (0: all of it) and answers written from it on: those steps run again."""
+        refinements = self.output_dir / "refinements.parquet"
+        if refinements.exists():
+            table = pq.read_table(refinements)
+            table = table.filter(pc.less(table["step"], step))
+            write_atomically(refinements, lambda temporary: pq.write_table(table, temporary))
         path = self.output_dir / "metrics.jsonl"
         if not path.exists():
             return
@@ -108,34 +137,84 @@ class Recorder:
             kept = []
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
-    def write_weights(self, train_rows: Dataset, selector: Selector, kept_ids: Sequence[int]) -> None:
+    def write_weights(
+        self,
+        train_rows: Dataset,
+        selector: Selector,
+        kept_ids: Sequence[int],
+        own_scores: Mapping[int, float] | None = None,
+    ) -> None:
         """Write ``weights.parquet``: one row per row of ``train_rows``, in its order.
 
-        ``weight`` (mean one over the rows that are kept) and ``score`` are those after the last committed step;
-        ``last_loss`` is in nats per token. Rows that never entered training (``kept`` False: prompt too long) have
-        weight 0.
+        ``weight`` (mean one over the rows that are kept) and ``score`` are those after the last committed step, of the
+        row's own answer: where it trains on generated ones (``refined``) they come from ``own_scores``, and what it
+        counts now is in `refinements.parquet`. ``last_loss`` is in nats per token. Rows that never entered training
+        (``kept`` False: prompt too long) have weight 0.
         """
         if self._hashes is None:  # the rows of a run do not change: hashed once, not at every checkpoint
             self._hashes = content_hashes(train_rows)
         num_rows = len(train_rows)
         kept_N = np.zeros(num_rows, dtype=bool)
         kept_N[np.asarray(kept_ids, dtype=np.int64)] = True
+        refined = torch.tensor(list(own_scores or {}), dtype=torch.int64)
+        score_N = selector.scores(torch.arange(num_rows)).clone()
+        score_N[refined] = torch.tensor(list((own_scores or {}).values()), dtype=score_N.dtype)
+        refined_N = np.zeros(num_rows, dtype=bool)
+        refined_N[refined.numpy()] = True
         columns = {
             "example_id": np.arange(num_rows),
             "source": train_rows["source"] if "source" in train_rows.column_names else [None] * num_rows,
             "row": train_rows["row"] if "row" in train_rows.column_names else np.arange(num_rows),
             "content_hash": self._hashes,
-            "weight": selector.all_weights().numpy(),
-            "score": np.where(kept_N, selector.table.score_N.numpy(), np.float32(np.nan)),
+            "weight": selector.weights_of(score_N).numpy(),
+            "score": np.where(kept_N, score_N.numpy(), np.float32(np.nan)),
             "num_updates": selector.num_updates_N.numpy(),
             "last_loss": selector.last_loss_N.numpy(),
             "kept": kept_N,
-            "refined": np.zeros(num_rows, dtype=bool),
+            "refined": refined_N,
         }
         table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
         table = table.cast(table.schema.set(1, pa.field("source", pa.string())))
         table = table.replace_schema_metadata({"tamis_format_version": str(FORMAT_VERSION)})
         write_atomically(self.output_dir / "weights.parquet", lambda path: pq.write_table(table, path))
+
+    def add_refinements(
+        self, records: list[dict[str, Any]], train_rows: Dataset, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Add a refresh to ``refinements.parquet``: one row per question that was answered anew.
+
+        Args:
+            records: see `tamis.refine.Refiner.refresh`.
+        """
+        rows = []
+        for record in records:
+            row = train_rows[record["example_id"]]
+            own: dict[str, str | None] = {"prompt": None, "original": None}
+            if "prompt" in row:
+                own = {"prompt": as_text(row["prompt"]), "original": as_text(row["completion"])}
+            elif "messages" in row:
+                own = {"prompt": as_text(row["messages"][:-1]), "original": as_text(row["messages"][-1:])}
+            texts = tokenizer.batch_decode(record["token_ids"], skip_special_tokens=True)
+            rows.append(
+                {
+                    **record,
+                    "source": row.get("source"),
+                    "row": row.get("row", record["example_id"]),
+                    **own,
+                    "responses": texts,
+                }
+            )
+        table = pa.Table.from_pylist(rows, schema=_REFINEMENTS)
+        path = self.output_dir / "refinements.parquet"
+        if path.exists():
+            table = pa.concat_tables([pq.read_table(path), table])
+        table = table.replace_schema_metadata({"tamis_format_version": str(FORMAT_VERSION)})
+        write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def as_text(content: Any) -> str:
+    """A prompt or completion as it is, or the last message of a conversation."""
+    return content if isinstance(content, str) else str(content[-1]["content"]) if content else ""
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:

@@ -45,8 +45,12 @@ class ZeroReference:
 
     description = "zero: the loss itself is the excess loss"
 
-    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor) -> Tensor:
-        """Reference losses (float32, on the CPU) of the training rows of a micro-batch."""
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor | None = None) -> Tensor:
+        """Reference losses (float32, on the CPU) of the training rows of a micro-batch.
+
+        Args:
+            known_B: for rows with a generated answer the reference loss of that answer, NaN for the others.
+        """
         return torch.zeros(len(example_ids_B))
 
     def remember(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
@@ -93,15 +97,17 @@ class BaseReference(ZeroReference):
             self._model = copy.deepcopy(model).requires_grad_(False).eval()
             self.description = "base: a frozen copy of the model (train with LoRA to do without)"
 
-    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor) -> Tensor:
-        is_new_B = self.loss_N[example_ids_B].isnan()
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor | None = None) -> Tensor:
+        is_known_B = torch.zeros(len(example_ids_B), dtype=torch.bool) if known_B is None else ~known_B.isnan()
+        is_new_B = self.loss_N[example_ids_B].isnan() & ~is_known_B
         if is_new_B.any():
             assert self._model is not None, "the scout has measured every row that is trained on"
             rows = is_new_B.nonzero().squeeze(1).to(inputs["input_ids"].device)
             with torch.no_grad(), self._as_before_training():
                 new_losses = fused_losses(self._model, {name: tensor[rows] for name, tensor in inputs.items()})
             self.loss_N[example_ids_B[is_new_B]] = new_losses.float().cpu()
-        return self.loss_N[example_ids_B]
+        own_B = self.loss_N[example_ids_B]
+        return own_B if known_B is None else torch.where(is_known_B, known_B, own_B)
 
     def remember(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
         self.loss_N[example_ids_R] = loss_R
@@ -194,7 +200,7 @@ class TrackedReference(ZeroReference):
         finally:
             del vars(self._model)["save_pretrained"]
 
-    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor) -> Tensor:
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor | None = None) -> Tensor:
         with self._active():
             self._model.train()
             self._nll_B = fused_losses(self._model, inputs)

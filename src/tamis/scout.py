@@ -13,12 +13,14 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -26,9 +28,12 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from tamis.progress import ProgressCallback, use_progress
+from tamis.recorder import write_atomically
 from tamis.references import fused_losses
 
 logger = logging.getLogger(__name__)
+
+SCOUT_FILE = "scout.safetensors"
 
 
 class PlainTrainer(SFTTrainer):
@@ -96,58 +101,103 @@ def row_losses(
     return loss_N
 
 
+Parameters = dict[str, Tensor]
+
+
+def trainable_parameters(model: nn.Module) -> Parameters:
+    """A copy on the CPU."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+
+
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
     """On leaving, the trainable parameters are what they were on entering. The copy is kept on the CPU."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    before = {name: p.detach().to("cpu", copy=True) for name, p in trainable.items()}
+    before = trainable_parameters(model)
     try:
         yield
     finally:
-        for name, parameter in trainable.items():
-            parameter.data.copy_(before[name])
-            parameter.grad = None
+        put(model, before)
 
 
-def judge_rows(
-    model: nn.Module,
-    args: SFTConfig,
-    train_dataset: Dataset,
-    validation_dataset: Dataset,
-    processing_class: PreTrainedTokenizerBase,
-    collator: Callable,
-    accelerator: Accelerator,
-    *,
-    reference: str,
-    num_steps: int,
-    learning_rate: float,
-    batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Losses of all training rows by the scout, and their reference losses; the model is put back.
+def put(model: nn.Module, parameters: Parameters) -> None:
+    """Give the model these values, bit for bit."""
+    own = dict(model.named_parameters())
+    for name, value in parameters.items():
+        own[name].data.copy_(value)
+        own[name].grad = None
+
+
+class Scout:
+    """The model after a gentle descent of the validation loss alone, called back whenever there are rows to judge.
+
+    Two sets of the trainable parameters are kept on the CPU, those of the base model and those of the scout (with LoRA
+    the adapter alone); none on the accelerator.
 
     Args:
-        train_dataset, validation_dataset: prepared (``input_ids``, ``labels``).
+        model: as it is before training.
+        args, collator, accelerator, processing_class: those of its trainer.
         reference: ``base`` (the model as it is now) or ``zero``.
-        num_steps, learning_rate, batch_size: of the descent of the validation loss; the batch size per device.
-
-    Returns:
-        ``loss_N`` and ``reference_N``, float32, nats per token, in the order of ``train_dataset``.
     """
 
-    def judge(title: str) -> Tensor:
-        title = "" if args.disable_tqdm else title
-        judge_batch_size = 2 * args.per_device_train_batch_size  # no gradients are kept: twice the rows fit
-        return row_losses(model, train_dataset, collator, accelerator, batch_size=judge_batch_size, title=title)
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SFTConfig,
+        collator: Callable,
+        accelerator: Accelerator,
+        processing_class: PreTrainedTokenizerBase,
+        reference: str,
+    ):
+        self.model, self.args, self.reference = model, args, reference
+        self.collator, self.accelerator, self.processing_class = collator, accelerator, processing_class
+        self.base_parameters = trainable_parameters(model) if reference == "base" else {}
+        self.parameters: Parameters = {}
 
-    reference_N = judge("rows before scouting") if reference == "base" else torch.zeros(len(train_dataset))
-    with put_back(model):
-        descend_validation_loss(
-            model,
-            args,
-            validation_dataset,
-            processing_class,
-            num_steps=num_steps,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-        )
-        return judge("rows after scouting"), reference_N
+    def descend(self, validation_dataset: Dataset, *, num_steps: int, learning_rate: float, batch_size: int) -> None:
+        """Make the scout: descend the loss of the (prepared) validation rows; the model is put back."""
+        with put_back(self.model):
+            descend_validation_loss(
+                self.model,
+                self.args,
+                validation_dataset,
+                self.processing_class,
+                num_steps=num_steps,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+            )
+            self.parameters = trainable_parameters(self.model)
+
+    def losses(self, rows: Dataset, title: str = "") -> Tensor:
+        """Token-mean losses (R, float32) of prepared rows by the scout."""
+        assert self.parameters, "descend() comes first"
+        return self._losses_with(self.parameters, rows, title)
+
+    def reference_losses(self, rows: Dataset, title: str = "") -> Tensor:
+        """Those of the reference: the base model, or zero."""
+        if self.reference == "zero":
+            return torch.zeros(len(rows))
+        return self._losses_with(self.base_parameters, rows, title)
+
+    def _losses_with(self, parameters: Parameters, rows: Dataset, title: str) -> Tensor:
+        # No gradients are kept: twice the rows fit.
+        batch_size, title = 2 * self.args.per_device_train_batch_size, "" if self.args.disable_tqdm else title
+        with put_back(self.model):
+            put(self.model, parameters)
+            return row_losses(self.model, rows, self.collator, self.accelerator, batch_size=batch_size, title=title)
+
+    def save(self, path: Path) -> None:
+        """Write the scout's parameters; the base model's are those that a run starts from."""
+        tensors = {name: value.contiguous() for name, value in self.parameters.items()}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+
+    def load(self, path: Path) -> None:
+        """Inverse of `save`.
+
+        Raises:
+            ValueError: the file is not there, or is that of another model.
+        """
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: without the scout new answers cannot be judged; start the run anew")
+        self.parameters = load_file(path)
+        if self.parameters.keys() != {name for name, p in self.model.named_parameters() if p.requires_grad}:
+            raise ValueError(f"{path} belongs to another model: start the run anew")

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainingArguments
+
+from tamis._compat import prepare_data_loader
 
 
 def permutation(num_rows: int, seed: int, epoch: int, level: int) -> torch.Tensor:
@@ -89,6 +93,7 @@ class BilevelCollator:
 
     - ``example_ids``: of the training rows, which come first; ``upper_rows``: places of the validation rows.
     - ``num_tokens``: tokens that are trained on, of every row.
+    - ``answers``: of the training rows, the place of the generated answer they carry; -1 for their own.
 
     Batches of other datasets (evaluation) pass through unchanged.
     """
@@ -100,10 +105,60 @@ class BilevelCollator:
         if "example_id" not in rows[0]:
             return self.collator(rows)
         example_ids = [row.pop("example_id") for row in rows]
+        answers = [row.pop("answer", -1) for row in rows]
         batch = self.collator(rows)
         return {
             **batch,
             "example_ids": [example_id for example_id in example_ids if example_id >= 0],
             "upper_rows": [-1 - example_id for example_id in example_ids if example_id < 0],
+            "answers": [a for a, example_id in zip(answers, example_ids, strict=True) if example_id >= 0],
             "num_tokens": (batch["labels"][:, 1:] != -100).sum(dim=1).tolist(),
         }
+
+
+def make_dataloader(
+    train_dataset: Dataset,
+    validation_dataset: Dataset | None,
+    collator: Callable[[list[Any]], Any],
+    args: TrainingArguments,
+    *,
+    lower_batch_size: int,
+    upper_batch_size: int,
+    epoch: Callable[[], int],
+    device: torch.device,
+) -> DataLoader:
+    """The stream over prepared rows (``input_ids``, ``labels``, ``example_id``) as one rank sees it.
+
+    Args:
+        validation_dataset: None where the steps have no validation rows.
+        args: for seed, ranks and the settings of the dataloader.
+        lower_batch_size, upper_batch_size, epoch: see `BilevelBatchSampler`.
+    """
+    columns = ["input_ids", "labels", "example_id"]
+    stream = train_dataset.select_columns(columns)
+    num_upper = 0
+    if validation_dataset is not None:
+        upper = validation_dataset.select_columns(columns)
+        stream, num_upper = concatenate_datasets([stream, upper.cast(stream.features)]), len(upper)
+    sampler = BilevelBatchSampler(
+        num_lower=len(train_dataset),
+        num_upper=num_upper,
+        lower_batch_size=lower_batch_size,
+        upper_batch_size=upper_batch_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        epoch=epoch,
+        rank=args.process_index,
+        num_ranks=args.world_size,
+        drop_last=args.dataloader_drop_last,
+    )
+    dataloader = DataLoader(
+        stream,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    # num_processes=1: the sampler has already taken this rank's share.
+    return prepare_data_loader(dataloader, device, num_processes=1, process_index=0, put_on_device=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig
 
@@ -23,8 +23,7 @@ from tamis.compare import Task
 from tamis.recorder import write_atomically
 from tamis.scout import PlainTrainer
 
-WORLD_VERSION = 1
-SCENARIOS = ("half_wrong", "unlike_entropy")
+WORLD_VERSION = 2
 LETTERS = string.ascii_lowercase[:12]
 WORD_LENGTH = 5
 Operation = Callable[[str, random.Random], str]
@@ -49,15 +48,33 @@ OPEN: dict[str, Operation] = {
     "shuffle": lambda word, rng: "".join(rng.sample(word, len(word))),
     "shuffle next": lambda word, rng: "".join(rng.sample(_shift(word, 1), len(word))),
 }
-FAMILIES = {"easy": EASY, "open": OPEN}
-# What turns a right answer of a family into a wrong one.
-SLIPS: dict[str, Callable[[str], str]] = {"easy": lambda answer: answer[1:] + answer[0], "open": lambda a: _shift(a, 3)}
+# Operations that a whole kind of training rows mistakes for another one, its value here.
+MISTAKEN = {"swap": "ends", "mirror": "before", "right": "reverse"}
+FAMILIES = {"easy": EASY, "open": OPEN, "bad": {name: EASY[name] for name in MISTAKEN}}
+FAMILIES["good"] = {name: operation for name, operation in EASY.items() if name not in MISTAKEN}
+# Families that the rows of a scenario come from, as often as they are named.
+SCENARIOS = {
+    "half_wrong": ["easy"],
+    "unlike_entropy": ["easy", "open"],
+    "bad_kinds": ["good"] * len(FAMILIES["good"]) + ["bad"] * len(FAMILIES["bad"]),
+}
+
+
+def _wrong_answer(family: str, name: str, word: str, right: str, rng: random.Random) -> str:
+    """What a wrong answer to this question looks like."""
+    if family == "bad":
+        return EASY[MISTAKEN[name]](word, rng)
+    return _shift(right, 3) if family == "open" else right[1:] + right[0]
 
 
 def draw_rows(
-    families: Sequence[str], num_rows: int, wrong_fraction: float, taken: set[str], rng: random.Random
+    families: Sequence[str], num_rows: int, wrong_fraction: dict[str, float], taken: set[str], rng: random.Random
 ) -> list[dict[str, Any]]:
-    """Questions that are not in ``taken`` (they are added), each with its right answer or that answer after a slip."""
+    """Questions that are not in ``taken`` (they are added), each with its right answer or a wrong one.
+
+    Args:
+        wrong_fraction: share of wrong answers, of each family.
+    """
     rows: list[dict[str, Any]] = []
     while len(rows) < num_rows:
         family = rng.choice(families)
@@ -65,13 +82,14 @@ def draw_rows(
         word = "".join(rng.choices(LETTERS, k=WORD_LENGTH))
         prompt = f"<{name}>{word}="
         right = FAMILIES[family][name](word, rng)
-        wrong = SLIPS[family](right)
+        wrong = _wrong_answer(family, name, word, right, rng)
         if prompt in taken or wrong == right:
             continue
         taken.add(prompt)
-        is_right = rng.random() >= wrong_fraction
+        is_right = rng.random() >= wrong_fraction[family]
         answer = right if is_right else wrong
-        rows.append({"prompt": prompt, "completion": answer, "is_right": is_right, "family": family})
+        truth = {"is_right": is_right, "right_answer": right, "family": family}
+        rows.append({"prompt": prompt, "completion": answer, **truth})
     return rows
 
 
@@ -82,6 +100,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<eos>", "<unk>", *sorted(symbols)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Fuse()  # symbols are joined without spaces
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -155,15 +174,19 @@ def make_world(
     num_validation: int = 64,
     num_eval: int = 500,
     wrong_fraction: float = 0.5,
-    pretrain_steps: int = 400,
+    pretrain_steps: int | None = None,
 ) -> Task:
     """Make the world in ``output_dir``, or take the one that is there if it has the same parameters.
 
     Args:
         scenario: ``half_wrong``: eight operations with one right answer each. ``unlike_entropy``: half of the questions
             have many right answers, so that right answers of one family cost the model far more than of the other;
-            the column ``family`` of the training file tells which.
+            the column ``family`` of the training file tells which. ``bad_kinds``: all training answers of three
+            operations are wrong (those of another operation), half of the others'; the clean file has the right answer
+            to every question, which selection cannot find among the rows.
         num_train, num_validation, num_eval: rows; no question is in two of the sets.
+        pretrain_steps: of the base model; when not set 400, and 1,600 for ``bad_kinds``, where it should master what it
+            is undecided about.
         wrong_fraction: share of wrong answers among training and pretraining rows; the other rows are all right.
 
     Raises:
@@ -171,6 +194,8 @@ def make_world(
     """
     if scenario not in SCENARIOS:
         raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
+    if pretrain_steps is None:
+        pretrain_steps = 1600 if scenario == "bad_kinds" else 400
     folder = Path(output_dir)
     parameters = {"version": WORLD_VERSION, **{k: v for k, v in locals().items() if k not in ("output_dir", "folder")}}
     fingerprint = json.dumps(parameters, sort_keys=True)
@@ -181,19 +206,25 @@ def make_world(
             raise ValueError(f"{folder} holds another world: delete it or choose another folder")
         return task
 
-    families = ["easy"] if scenario == "half_wrong" else ["easy", "open"]
+    families = SCENARIOS[scenario]
+    train_fraction = {family: 1.0 if family == "bad" else wrong_fraction for family in families}
+    pretraining_fraction = dict.fromkeys(families, wrong_fraction)
+    all_right = dict.fromkeys(families, 0.0)
     rng, taken = random.Random(seed), set[str]()
-    evaluation = draw_rows(families, num_eval, 0.0, taken, rng)
-    validation = draw_rows(families, num_validation, 0.0, taken, rng)
-    train = draw_rows(families, num_train, wrong_fraction, taken, rng)
-    pretraining = draw_rows(families, 2 * num_train, wrong_fraction, taken, rng)
+    evaluation = draw_rows(families, num_eval, all_right, taken, rng)
+    validation = draw_rows(families, num_validation, all_right, taken, rng)
+    train = draw_rows(families, num_train, train_fraction, taken, rng)
+    pretraining = draw_rows(families, 2 * num_train, pretraining_fraction, taken, rng)
     _write(task.train_file, train)
-    _write(task.clean_file, [row for row in train if row["is_right"]])
+    clean = [row for row in train if row["is_right"]]
+    if "bad" in families:
+        clean = [row | {"completion": row["right_answer"], "is_right": True} for row in train]
+    _write(task.clean_file, clean)
     _write(task.validation_file, validation)
     _write(task.eval_file, evaluation)
 
     pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in pretraining]
-    symbols = [f"<{name}>" for family in families for name in FAMILIES[family]]
+    symbols = [f"<{name}>" for family in dict.fromkeys(families) for name in FAMILIES[family]]
     tokenizer = build_tokenizer([LETTERS + "=", *symbols])
     model = build_model(tokenizer, hidden_size=96, num_layers=2, seed=seed)
     pretrain(

@@ -12,27 +12,25 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, concatenate_datasets
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import set_seed
 from trl import SFTTrainer
 
-from tamis._compat import prepare_data_loader
+from tamis import checkpoint as checkpoints
 from tamis.bilevel import penalty_gap, rho_at, row_coefficients
 from tamis.config import BilevelConfig
-from tamis.data import attach_example_ids, check_overlap, check_rows, fingerprint, row_name
-from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info, write_atomically
+from tamis.data import attach_example_ids, check_overlap, check_rows, fingerprint, report_dropped, row_name
+from tamis.generation import GenerationError
+from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
 from tamis.references import ZeroReference, fused_forward, make_reference
-from tamis.scout import judge_rows
+from tamis.refine import Refiner, make_refiner
+from tamis.scout import SCOUT_FILE, Scout
 from tamis.selectors import make_selector
-from tamis.stream import BilevelBatchSampler, BilevelCollator, upper_id
+from tamis.stream import BilevelCollator, make_dataloader, upper_id
 
 logger = logging.getLogger(__name__)
-
-_STATE_FILE = "tamis.safetensors"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -111,9 +109,9 @@ class BilevelTrainer(SFTTrainer):
         train_dataset = train_dataset.select_columns([c for c in train_dataset.column_names if c != "example_id"])
         self._train_rows = attach_example_ids(train_dataset)
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
-        self._report_dropped("train_dataset", self._train_rows, self.train_dataset)
+        report_dropped("train_dataset", self._train_rows, self.train_dataset, args.max_length)
         if isinstance(eval_dataset, Dataset):
-            self._report_dropped("eval_dataset", eval_dataset, self.eval_dataset)
+            report_dropped("eval_dataset", eval_dataset, self.eval_dataset, args.max_length)
         self._validation_rows = datasets.get("validation_dataset")
         self.validation_dataset = None
         if self._validation_rows is not None:
@@ -141,10 +139,19 @@ class BilevelTrainer(SFTTrainer):
                 keep_copy=not self.resolved.scout_ratio,
                 reduce_gradient=self._sum_over_ranks,
             )
+        self.scout: Scout | None = None
+        if self.resolved.scout_ratio or (
+            args.refine_fraction and args.reference == "base" and self.selector.uses_excess
+        ):
+            self.scout = Scout(
+                self.model, args, self.data_collator, self.accelerator, self.processing_class, args.reference
+            )
+        self.refiner: Refiner | None = None  # made by `train`, which knows how many steps there are
         # What `config.yaml` gets: the command line adds the model and the files, see `tamis.run`.
         self.config_settings = args.given_settings
         self.recorder = Recorder(str(args.output_dir)) if self.accelerator.is_main_process else None
         self._window: list[tuple[Tensor, ...]] = []
+        self._visits: list[tuple[list, ...]] = []  # of the same step: example_ids, answers, log-probabilities
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -155,22 +162,8 @@ class BilevelTrainer(SFTTrainer):
         prepared = self._prepare_dataset(
             dataset, self.processing_class, self.args, False, self._formatting_func, "validation"
         )
-        self._report_dropped("validation_dataset", dataset, prepared)
+        report_dropped("validation_dataset", dataset, prepared, self.args.max_length)
         return prepared
-
-    def _report_dropped(self, role: str, rows: Dataset, prepared: Dataset) -> None:
-        """Say how many rows TRL left out: those whose prompt alone fills `max_length`."""
-        num_dropped = len(rows) - len(prepared)
-        too_long = f"their prompt alone is longer than max_length={self.args.max_length}"
-        if num_dropped == len(rows):
-            raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise --max_length")
-        if num_dropped:
-            shown = ""
-            if "example_id" in prepared.column_names:
-                kept = set(prepared["example_id"])
-                lost = [i for i, example_id in enumerate(rows["example_id"]) if example_id not in kept]
-                shown = f" (first: {row_name(rows, role, lost[0])})"
-            logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise --max_length")
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -179,35 +172,15 @@ class BilevelTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """One stream of batches: training rows first, validation rows after them (see `tamis.stream`)."""
-        columns = ["input_ids", "labels", "example_id"]
-        stream = self.train_dataset.select_columns(columns)
-        num_upper = 0
-        if self.validation_dataset is not None and self.args.trains_on_validation:
-            upper = self.validation_dataset.select_columns(columns)
-            stream, num_upper = concatenate_datasets([stream, upper.cast(stream.features)]), len(upper)
-        sampler = BilevelBatchSampler(
-            num_lower=len(self.train_dataset),
-            num_upper=num_upper,
+        return make_dataloader(
+            self.train_dataset,
+            self.validation_dataset if self.args.trains_on_validation else None,
+            self.data_collator,
+            self.args,
             lower_batch_size=self._train_batch_size,
             upper_batch_size=self.resolved.per_device_validation_batch_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             epoch=lambda: int(self.state.epoch or 0),
-            rank=self.args.process_index,
-            num_ranks=self.args.world_size,
-            drop_last=self.args.dataloader_drop_last,
-        )
-        dataloader = DataLoader(
-            stream,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-        # num_processes=1: the sampler has already taken this rank's share.
-        return prepare_data_loader(
-            dataloader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+            device=self.accelerator.device,
         )
 
     def num_examples(self, dataloader: DataLoader) -> int:
@@ -244,7 +217,8 @@ class BilevelTrainer(SFTTrainer):
         """Loss of one micro-batch: ``sum c * l`` over its rows when training, the mean over rows in evaluation."""
         if not self.model.training or "example_ids" not in inputs:
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
-        ids_L = torch.tensor(inputs.pop("example_ids"), dtype=torch.int64)
+        example_ids, answers = inputs.pop("example_ids"), inputs.pop("answers")
+        ids_L = torch.tensor(example_ids, dtype=torch.int64)
         num_tokens_B, upper_rows = torch.tensor(inputs.pop("num_tokens")), inputs.pop("upper_rows")
         num_lower = len(ids_L)
         if self.aux_loss_enabled:
@@ -253,14 +227,19 @@ class BilevelTrainer(SFTTrainer):
         lower_inputs = {name: tensor[:num_lower] for name, tensor in inputs.items() if torch.is_tensor(tensor)}
         reference_L = torch.zeros(num_lower)
         if self.selector.uses_excess and num_lower:
+            known_L = self.refiner.reference_losses(example_ids, answers) if self.refiner else None
             with self.accelerator.autocast():  # a copy of the model does not bring its own, as the model does
-                reference_L = self.reference.losses(lower_inputs, ids_L)
+                reference_L = self.reference.losses(lower_inputs, ids_L, known_L)
         nll_B, outputs = fused_forward(model, inputs)
 
         loss_B = nll_B.detach().float().cpu()
         excess_L = loss_B[:num_lower] - reference_L
         self._stop_if_not_finite(torch.cat([excess_L, loss_B[num_lower:]]), ids_L, upper_rows)
         weights_L = self.selector.weights(ids_L, excess_L)
+        if self.refiner:
+            log_probs = (-loss_B * num_tokens_B)[:num_lower].tolist()
+            weights_L = weights_L * self.refiner.coefficients(example_ids, answers, log_probs)
+            self._visits.append((example_ids, answers, log_probs))
         rho = self.current_rho()
         lower_share_L = self._share(num_tokens_B[:num_lower], level=0)
         coefficients_B = row_coefficients(weights_L, rho, lower_share_L, self._share(num_tokens_B[num_lower:], level=1))
@@ -312,15 +291,21 @@ class BilevelTrainer(SFTTrainer):
 
     def _commit_step(self) -> None:
         """Hand the rows of the step, from all its micro-batches and ranks, to the selector."""
-        window = [self._window]
-        if self.accelerator.num_processes > 1:
-            window = gather_object(window)
-        parts = (torch.cat(parts) for parts in zip(*(batch for rank in window for batch in rank), strict=True))
+        parts = (torch.cat(parts) for parts in zip(*self._from_all_ranks(self._window), strict=True))
         ids, losses, excess = parts
         self._window.clear()
         if len(ids):
             self.selector.update(ids, losses, excess)
+        if self.refiner:
+            for visit in self._from_all_ranks(self._visits):
+                self.refiner.commit(*visit)
+            self._visits.clear()
         self.reference.step(self.args.reference_learning_rate or self._get_learning_rate())
+
+    def _from_all_ranks(self, items: list) -> list:
+        if self.accelerator.num_processes == 1:
+            return items
+        return [item for rank in gather_object([items]) for item in rank]
 
     def _sum_over_ranks(self, tensor: Tensor) -> None:
         if self.accelerator.num_processes > 1:
@@ -351,45 +336,101 @@ class BilevelTrainer(SFTTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
         if resume_from_checkpoint:
-            self._refuse_foreign_checkpoint(resume_from_checkpoint)
+            checkpoints.refuse_foreign(resume_from_checkpoint, self._fingerprints["train_dataset"])
         for line in [*self.resolved.announcements, f"reference = {self.reference.description}"]:
             logger.info(line)
         if self.recorder:
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, self.resolved.announcements))
             self.recorder.rewind(checkpoint_step(resume_from_checkpoint) if resume_from_checkpoint else 0)
-        if self.resolved.scout_ratio and not resume_from_checkpoint:
-            self._scout()
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        if self.scout and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "a scout cannot put back a model sharded by DeepSpeed or FSDP: set --scout_ratio 0, and --reference "
+                "zero or tracked if rows are refined"
+            )
+        if self.args.refine_fraction:
+            self.refiner = make_refiner(
+                self.args,
+                self.resolved,
+                max_steps,
+                model=self.model,
+                accelerator=self.accelerator,
+                processing_class=self.processing_class,
+                train_dataset=self.train_dataset,
+                validation_dataset=self.validation_dataset,
+                collator=self.data_collator,
+                selector=self.selector,
+                scout=self.scout,
+            )
+        if self.scout and self.resolved.scout_ratio and not resume_from_checkpoint:
+            self._scout(self.scout, max_steps)
+        elif self.scout and self.refiner and self.resolved.scout_ratio:
+            self.scout.load(Path(str(self.args.output_dir)) / SCOUT_FILE)
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self._write_weights()
         return output
 
-    def _scout(self) -> None:
+    def _scout(self, scout: Scout, max_steps: int) -> None:
         """Judge all training rows before the first step: see `tamis.scout`."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("scouting cannot put back a model sharded by DeepSpeed or FSDP: set --scout_ratio 0")
-        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         num_steps = max(1, int(self.resolved.scout_ratio * max_steps))
         logger.info(f"scouting: {num_steps} steps on the validation rows, then all training rows are judged")
-        loss_R, reference_R = judge_rows(
-            self.model,
-            self.args,
-            self.train_dataset,
+        scout.descend(
             self.validation_dataset,
-            self.processing_class,
-            self.data_collator,
-            self.accelerator,
-            reference=self.args.reference,
             num_steps=num_steps,
             learning_rate=self.resolved.scout_learning_rate,
             batch_size=self.resolved.per_device_validation_batch_size,
         )
+        loss_R = scout.losses(self.train_dataset, "rows after scouting")
+        reference_R = scout.reference_losses(self.train_dataset, "rows before scouting")
         example_ids_R = torch.tensor(self.train_dataset["example_id"])
         self._stop_if_not_finite(loss_R, example_ids_R, [])
         self.selector.judge(example_ids_R, loss_R, loss_R - reference_R)
         self.reference.remember(example_ids_R, reference_R)
         self._write_weights()
+        if self.refiner and self.recorder:
+            scout.save(self.recorder.output_dir / SCOUT_FILE)
+        elif not self.refiner:
+            self.scout = None  # no more rows to judge: its parameters need not be kept
         # Scouting has drawn from the global generators; the steps that follow are those of a run of their own.
         set_seed(self.args.seed)
+
+    # --- refining ---------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one step; refined questions come with generated answers.
+
+        Answers are put in here and not by the collator, which works ahead of the steps, in other processes at times: a
+        batch would carry the answers of before the refresh, and a resumed run others than an uninterrupted one.
+        """
+        if self.refiner and self.refiner.is_due(self.state.global_step):
+            self._refresh(self.refiner)
+        batch_samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.refiner and self.refiner.buffer.questions:
+            step = self.state.global_step
+            batch_samples = [self.refiner.rewrite(batch, step, device) for batch in batch_samples]
+            num_items = self._get_num_items_in_batch(batch_samples, device)
+        return batch_samples, num_items
+
+    def _refresh(self, refiner: Refiner) -> None:
+        step, device = self.state.global_step, self.accelerator.device
+        try:
+            # Dropout goes on as if there had been no refresh, which a resumed run may have behind it.
+            with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type="cuda"):
+                records = refiner.refresh(step)
+        except GenerationError as error:
+            if self.args.refine_on_error == "continue":
+                logger.warning(f"step {step}: no new answers, training goes on with those there are ({error})")
+                refiner.last_refresh = step
+                return
+            self._save_checkpoint(self.model, trial=None)
+            raise GenerationError(
+                f"{error}. Stopped after saving checkpoint-{step}: go on with --resume_from_checkpoint last, or with "
+                "--refine_on_error continue"
+            ) from error
+        logger.info(refiner.summary(step))
+        self._metrics["train"] |= {name: [value] for name, value in refiner.history.items()}
+        if self.recorder:
+            self.recorder.add_refinements(records, self._train_rows, self.processing_class)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
@@ -399,6 +440,8 @@ class BilevelTrainer(SFTTrainer):
             metrics["ess"] = [self.selector.effective_sample_size()]
             metrics["ess_ratio"] = [metrics["ess"][0] / len(self._train_rows)]
             metrics["weight_entropy"] = [self.selector.entropy()]
+            if self.refiner:
+                metrics |= {name: [value] for name, value in self.refiner.buffer.metrics().items()}
         super().log(logs, start_time)
         if self.recorder:
             self.recorder.log({"step": self.state.global_step, **logs})
@@ -410,33 +453,17 @@ class BilevelTrainer(SFTTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            state = {f"selector.{name}": tensor for name, tensor in self.selector.state_dict().items()}
-            state |= {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
-            state["num_tokens"] = torch.tensor(self._total_train_tokens)
-            state = {name: tensor.contiguous() for name, tensor in state.items()}
-            metadata = {"train_dataset": self._fingerprints["train_dataset"]}
-            write_atomically(Path(output_dir) / _STATE_FILE, lambda path: save_file(state, path, metadata))
+            fingerprint = self._fingerprints["train_dataset"]
+            checkpoints.save_state(output_dir, self._parts(), self._total_train_tokens, fingerprint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = load_file(Path(checkpoint) / _STATE_FILE)
-        self._total_train_tokens = int(state["num_tokens"])
-        for part in ("selector", "reference"):
-            own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
-            getattr(self, part).load_state_dict(own)
+        if checkpoint is not None:
+            self._total_train_tokens = checkpoints.load_state(checkpoint, self._parts())
 
-    def _refuse_foreign_checkpoint(self, checkpoint: str | Path) -> None:
-        path = Path(checkpoint) / _STATE_FILE
-        if not path.is_file():
-            raise ValueError(f"{checkpoint} has no {_STATE_FILE}: it was not written by tamis, start a new run from it")
-        with safe_open(path, "pt") as state:
-            if state.metadata()["train_dataset"] != self._fingerprints["train_dataset"]:
-                raise ValueError(
-                    f"{checkpoint} was written while training on other rows, or on the same in another order: "
-                    "resume with the train_dataset the run was started with"
-                )
+    def _parts(self) -> dict[str, checkpoints.Stateful]:
+        parts: dict[str, checkpoints.Stateful] = {"selector": self.selector, "reference": self.reference}
+        return parts | ({"refiner": self.refiner} if self.refiner else {})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self.reference.left_out_of_saving():
@@ -444,7 +471,10 @@ class BilevelTrainer(SFTTrainer):
 
     def _write_weights(self) -> None:
         if self.recorder:
-            self.recorder.write_weights(self._train_rows, self.selector, kept_ids=self.train_dataset["example_id"])
+            refined = self.refiner.buffer.questions if self.refiner else {}
+            own_scores = {i: question.own_score for i, question in refined.items()}
+            kept_ids = self.train_dataset["example_id"]
+            self.recorder.write_weights(self._train_rows, self.selector, kept_ids=kept_ids, own_scores=own_scores)
 
     def _send_telemetry(self) -> None:
         """TRL reports every constructed trainer to its makers; a run of tamis is nobody else's business."""

@@ -1,0 +1,409 @@
+"""Generators: what writes new answers to questions, with the weights that the model has at that moment.
+
+| name           | how                                                          | needs                      |
+|----------------|--------------------------------------------------------------|----------------------------|
+| `transformers` | the training model itself, batched, with a KV cache          | nothing                    |
+| `vllm`         | TRL's `VLLMGeneration`, in this process or on a server       | `pip install tamis[vllm]`  |
+| `scripted`     | answers from a function of the question, for tests           | the tests construct it     |
+
+All of them take and return token ids: what is trained on is what was generated, never decoded and encoded again.
+`verify` compares the log-probabilities that a generator reports with those of the training model, so that a generator
+with old weights cannot go unnoticed.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from trl.import_utils import is_vllm_available
+
+logger = logging.getLogger(__name__)
+
+GENERATOR_NAMES = ("transformers", "vllm")
+# Nats per token between generator and training model, on average over an answer. Arithmetic in bf16 with and without
+# a KV cache differs by about 0.01; one optimizer step of old weights is hard to tell from that, a forgotten
+# synchronisation is not.
+MAX_DRIFT = 0.2
+
+
+class GenerationError(RuntimeError):
+    """The generator failed, or did not answer every question, or answered with other weights than the model has."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How answers are drawn.
+
+    Attributes:
+        temperature: of the sampling distribution; positive.
+        top_p: the smallest set of tokens whose probabilities sum to at least this is drawn from; 1 is all.
+        max_new_tokens: an answer that has not ended by then is unfinished.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """One generated answer.
+
+    Attributes:
+        token_ids: as generated, with the closing token if it has one.
+        log_prob: nats, sum over the tokens, under the distribution it was drawn from (temperature applied; whether
+            the tokens that top_p cut off are, depends on the generator).
+        is_finished: it ended with a closing token.
+    """
+
+    token_ids: list[int]
+    log_prob: float
+    is_finished: bool
+
+
+class Generator(Protocol):
+    """Anything that answers questions."""
+
+    settings: SamplingSettings
+
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Response]]:
+        """``num_generations`` answers to each prompt, by the weights that the model has now.
+
+        Args:
+            prompts: token ids.
+            seed: all the randomness there is, where the generator can be seeded.
+        """
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout and no activation checkpointing (both are for training mode only), then every module as it was.
+
+    The weights and their types are not touched.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def without_published_defaults(model: Any) -> Iterator[None]:
+    """`generate` does not fill what is left open from the settings the model was published with for chatting."""
+    owners = [owner for owner in {model, *model.modules()} if "generation_config" in vars(owner)]
+    published = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, published, strict=True):
+            owner.generation_config = config
+
+
+class _LogProbRecorder(LogitsProcessor):
+    """Log-probabilities of the drawn tokens, noted while `generate` runs: no second forward, no logits kept.
+
+    It sees the raw logits of step t, and in step t + 1 the tokens that were drawn from them.
+    """
+
+    def __init__(self, prompt_length: int, temperature: float):
+        self.prompt_length, self.temperature = prompt_length, temperature
+        self.columns: list[Tensor] = []
+        self._last: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._take(input_ids)
+        self._last = scores.float() / self.temperature
+        return scores
+
+    def _take(self, sequences_BT: Tensor) -> None:
+        if self._last is not None:
+            drawn_B1 = sequences_BT[:, self.prompt_length + len(self.columns), None]
+            self.columns.append((self._last.gather(1, drawn_B1) - self._last.logsumexp(1, keepdim=True)).squeeze(1))
+
+    def log_probs(self, sequences_BT: Tensor) -> Tensor:
+        """Of all generated tokens of the finished batch, B x T."""
+        self._take(sequences_BT)
+        return torch.stack(self.columns, dim=1)
+
+
+class TransformersGenerator:
+    """The training model's own `generate`, in batches of rows of like length.
+
+    Args:
+        model: the training model, with or without adapters; used as it is.
+        processing_class: its tokenizer; pads and ends answers.
+        batch_size: answers drawn at a time. It bounds the memory, whatever the number of answers a question.
+        show_progress: a bar over the answers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        accelerator: Accelerator,
+        processing_class: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        *,
+        batch_size: int,
+        show_progress: bool = False,
+    ):
+        self.model, self.accelerator, self.settings = model, accelerator, settings
+        self.batch_size, self.show_progress = batch_size, show_progress
+        self.pad_token_id = processing_class.pad_token_id
+        self.eos_token_ids = closing_tokens(model, processing_class)
+        self._config = GenerationConfig(
+            do_sample=True,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=0,
+            repetition_penalty=1.0,
+            use_cache=True,  # TRL switches it off in the model's own settings
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+        )
+
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Response]]:
+        """See `Generator`."""
+        rows = [i for i in range(len(prompts)) for _ in range(num_generations)]
+        rows.sort(key=lambda i: -len(prompts[i]))  # stable: the longest first, where a lack of memory shows at once
+        answers: list[list[Response]] = [[] for _ in prompts]
+        device = self.accelerator.device
+        devices = [device] if device.type != "cpu" else []
+        bar = tqdm(total=len(rows), desc="generating", unit="answer", disable=not self.show_progress)
+        with (
+            evaluation_mode(self.model),
+            without_published_defaults(self.model),
+            torch.no_grad(),
+            torch.random.fork_rng(devices, device_type="cuda"),
+            bar,
+        ):
+            torch.manual_seed(seed)
+            for first in range(0, len(rows), self.batch_size):
+                batch = rows[first : first + self.batch_size]
+                for i, response in zip(batch, self._draw([prompts[i] for i in batch]), strict=True):
+                    answers[i].append(response)
+                bar.update(len(batch))
+        return answers
+
+    def _draw(self, prompts: list[list[int]]) -> list[Response]:
+        longest = max(map(len, prompts))
+        padding = [longest - len(ids) for ids in prompts]
+        input_ids = torch.tensor([[self.pad_token_id] * p + ids for p, ids in zip(padding, prompts, strict=True)])
+        attention_mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding])
+        recorder = _LogProbRecorder(longest, self.settings.temperature)
+        with self.accelerator.autocast():
+            sequences = self.model.generate(
+                input_ids=input_ids.to(self.accelerator.device),
+                attention_mask=attention_mask.to(self.accelerator.device),
+                generation_config=self._config,
+                logits_processor=LogitsProcessorList([recorder]),
+            )
+        log_probs = recorder.log_probs(sequences).cpu()
+        return [
+            self._cut(ids, row_log_probs)
+            for ids, row_log_probs in zip(sequences[:, longest:].tolist(), log_probs, strict=True)
+        ]
+
+    def _cut(self, token_ids: list[int], log_probs_T: Tensor) -> Response:
+        """Without the padding that follows the closing token."""
+        length = next((t + 1 for t, token in enumerate(token_ids) if token in self.eos_token_ids), None)
+        token_ids = token_ids[:length]
+        return Response(token_ids, log_probs_T[: len(token_ids)].sum().item(), is_finished=length is not None)
+
+
+class VllmGenerator:
+    """vLLM through TRL's `VLLMGeneration`, after sending it the present weights.
+
+    With LoRA the adapter is merged into the base weights for the transfer. Taking it out again does not give back
+    the same bf16 numbers (huggingface/trl#6688), so the base weights are kept on the CPU meanwhile and put back.
+
+    Args:
+        vllm: a `trl.generation.vllm_generation.VLLMGeneration`.
+    """
+
+    def __init__(self, vllm: Any, model: nn.Module, settings: SamplingSettings, eos_token_ids: Sequence[int]):
+        self.vllm, self.model, self.settings = vllm, model, settings
+        self.eos_token_ids = set(eos_token_ids)
+
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Response]]:
+        """See `Generator`."""
+        with base_weights_kept(self.model):
+            self.vllm.sync_weights()
+        if (
+            self.vllm.mode == "server"
+        ):  # in this process one seed would give the same answer to every copy of a question
+            self.vllm.generation_kwargs = self.vllm.generation_kwargs | {"seed": seed}
+        rows = [ids for ids in prompts for _ in range(num_generations)]
+        _, completions, log_probs, _ = self.vllm.generate(rows, images=None, num_generations=num_generations)
+        if len(completions) != len(rows):
+            raise GenerationError(f"vLLM returned {len(completions)} answers, {len(rows)} were asked for")
+        responses = []
+        for token_ids, per_token in zip(completions, log_probs, strict=True):
+            total = sum(drawn[0] if drawn[0] is not None else math.nan for drawn in per_token)
+            is_finished = bool(token_ids) and token_ids[-1] in self.eos_token_ids
+            responses.append(Response(list(token_ids), total, is_finished))
+        return [responses[i : i + num_generations] for i in range(0, len(rows), num_generations)]
+
+
+@contextmanager
+def base_weights_kept(model: nn.Module) -> Iterator[None]:
+    """On leaving, the weights under the LoRA layers are bit for bit what they were on entering, no adapter merged."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)] if isinstance(model, PeftModel) else []
+    bases = [p for layer in layers for p in layer.get_base_layer().parameters()]
+    before = [p.detach().to("cpu", copy=True) for p in bases]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            if layer.merged:  # the transfer broke off
+                layer.unmerge()
+        for parameter, kept in zip(bases, before, strict=True):
+            parameter.data.copy_(kept)
+
+
+class ScriptedGenerator:
+    """Answers from a function of the question, for tests; their log-probabilities are the training model's.
+
+    Args:
+        script: (prompt token ids, number of the answer) -> token ids; finished if they end with ``eos_token_id``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        script: Callable[[list[int], int], list[int]],
+        settings: SamplingSettings,
+        eos_token_id: int,
+    ):
+        self.model, self.script, self.settings, self.eos_token_id = model, script, settings, eos_token_id
+
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Response]]:
+        """See `Generator`."""
+        answers = []
+        for prompt in prompts:
+            texts = [self.script(prompt, j) for j in range(num_generations)]
+            answers.append([
+                Response(
+                    ids, sampled_log_prob(self.model, prompt, ids, self.settings), ids[-1:] == [self.eos_token_id]
+                )
+                for ids in texts
+            ])  # fmt: skip
+        return answers
+
+
+def make_generator(
+    model: Any,
+    accelerator: Accelerator,
+    processing_class: PreTrainedTokenizerBase,
+    args: Any,
+    batch_size: int,
+) -> Generator:
+    """The generator that a `BilevelConfig` asks for.
+
+    Raises:
+        ValueError: vLLM is asked for and not installed.
+    """
+    settings = SamplingSettings(args.generation_temperature, args.generation_top_p, args.max_new_tokens)
+    if args.generator == "transformers":
+        return TransformersGenerator(
+            model,
+            accelerator,
+            processing_class,
+            settings,
+            batch_size=batch_size,
+            show_progress=accelerator.is_main_process and not args.disable_tqdm,
+        )
+    if not is_vllm_available():
+        raise ValueError("generator 'vllm' needs vLLM: pip install tamis[vllm], or leave --generator out")
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    vllm = VLLMGeneration(
+        model,
+        accelerator,
+        processing_class,
+        mode=args.vllm_mode,
+        server_base_url=args.vllm_server_base_url,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_length=args.max_length and args.max_length + args.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_completion_length=settings.max_new_tokens,
+    )
+    return VllmGenerator(vllm, model, settings, closing_tokens(model, processing_class))
+
+
+def closing_tokens(model: Any, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end an answer: the tokenizer's, and those that the model was published with."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    found = [processing_class.eos_token_id, *configured]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def sampled_log_prob(
+    model: Any, prompt: list[int], token_ids: list[int], settings: SamplingSettings
+) -> float:  # fmt: skip
+    """Sum of log-probabilities of an answer under the sampling distribution, by a forward of its own."""
+    if not token_ids:
+        return 0.0
+    with evaluation_mode(model), torch.no_grad():
+        ids = torch.tensor([prompt + token_ids], device=model.device)
+        logits_TV = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / settings.temperature
+    return logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum().item()
+
+
+def verify(
+    generator: Generator,
+    model: Any,
+    prompts: Sequence[list[int]],
+    answers: list[list[Response]],
+    num_generations: int,
+    autocast: Callable[[], Any],
+    num_checked: int = 4,
+) -> float:
+    """Check that every question was answered as asked, by the weights that ``model`` has; returns the drift.
+
+    The drift is the largest difference, in nats per token, between the log-probabilities that the generator reports and
+    those of the training model, over one answer each of ``num_checked`` questions.
+
+    Raises:
+        GenerationError: answers are missing, or the drift exceeds `MAX_DRIFT`.
+    """
+    if len(answers) != len(prompts):
+        raise GenerationError(f"the generator answered {len(answers)} of {len(prompts)} questions")
+    for i, responses in enumerate(answers):
+        if len(responses) != num_generations:
+            raise GenerationError(
+                f"the generator returned {len(responses)} answers to question {i}, {num_generations} were asked for"
+            )
+    drift = 0.0
+    for prompt, responses in list(zip(prompts, answers, strict=True))[:num_checked]:
+        response = responses[0]
+        num_tokens = max(len(response.token_ids), 1)
+        with autocast():
+            own = sampled_log_prob(model, prompt, response.token_ids, generator.settings)
+        difference = (response.log_prob - own) / num_tokens
+        # Where the generator has renormalised over the tokens that top_p left, each gains at most log(1 / top_p).
+        difference = max(-difference, difference + math.log(generator.settings.top_p), 0.0)
+        drift = max(drift, difference if math.isfinite(difference) else math.inf)
+    if drift > MAX_DRIFT:
+        raise GenerationError(
+            f"the generator's log-probabilities are {drift:.2f} nats per token away from the training model's: it does "
+            "not have the present weights"
+        )
+    return drift
