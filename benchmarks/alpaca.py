@@ -11,20 +11,13 @@ rated 4.5 or more too (`auroc_rated`), beside what the mere length of the answer
 import argparse
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import DATA, finish, skip_without_data
-from datasets import Dataset
-from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import SFTConfig
+from common import DATA, finish, make_small_model, skip_without_data, tamis_train, write_files
 
 from tamis.metrics import auroc
-from tamis.scout import PlainTrainer
 
 NUM_VALIDATION, NUM_EVAL = 300, 500
 
@@ -43,43 +36,6 @@ def split_rows(seed: int) -> dict[str, list[dict]]:
     return {"train": train, "validation": unique[:NUM_VALIDATION], "eval": unique[NUM_VALIDATION:]}
 
 
-def make_model(rows: list[dict], model_dir: Path, num_steps: int, seed: int) -> None:
-    """A byte-level BPE of 4,096 tokens and a Llama of 2.2M parameters, pretrained for a moment on the raw rows."""
-    texts = ["\n".join(filter(None, (row["instruction"], row["input"], row["output"]))) for row in rows]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=4096, special_tokens=["<pad>", "<eos>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    args = SFTConfig(
-        str(model_dir), max_steps=num_steps, per_device_train_batch_size=16, learning_rate=2e-3, max_length=192,
-        report_to="none", save_strategy="no", logging_strategy="no", bf16=False, use_cpu=True,
-        activation_checkpointing=False, gradient_checkpointing=None, seed=seed,
-    )  # fmt: skip
-    model, dataset = LlamaForCausalLM(config), Dataset.from_dict({"text": texts})
-    trainer = PlainTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
-    trainer.train_with_bar("pretraining the base model")
-    trainer.save_model()
-
-
-def tamis_train(
-    files: dict[str, Path], model_dir: Path, output_dir: Path, max_steps: int, *extra: str
-) -> dict[str, float]:
-    """Run the command as a user would and read its results from stdout."""
-    command = [
-        *(str(Path(sys.executable).parent / "tamis"), "train", "--model_name_or_path", str(model_dir)),
-        *("--train_dataset", str(files["train"]), "--validation_dataset", str(files["validation"])),
-        *("--eval_dataset", str(files["eval"]), "--output_dir", str(output_dir), "--max_steps", str(max_steps)),
-        *("--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--max_length", "192", "--use_cpu"),
-        *("--bf16", "false", "--activation_checkpointing", "false", "--report_to", "none", *extra),
-    ]
-    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("eval_")}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -89,13 +45,10 @@ def main() -> None:
     skip_without_data("alpaca")
     pretrain_steps, max_steps = (20, 20) if arguments.quick else (200, 200)
 
-    files = {}
     rows = split_rows(arguments.seed)
-    for name, part in rows.items():
-        files[name] = arguments.output_dir / f"{name}.json"
-        files[name].parent.mkdir(parents=True, exist_ok=True)
-        files[name].write_text(json.dumps(part), encoding="utf-8")
-    make_model(rows["train"], arguments.output_dir / "model", pretrain_steps, arguments.seed)
+    files = write_files(rows, arguments.output_dir)
+    texts = ["\n".join(filter(None, (row["instruction"], row["input"], row["output"]))) for row in rows["train"]]
+    make_small_model(texts, arguments.output_dir / "model", pretrain_steps, arguments.seed)
 
     results = []
     for method, extra in {"tamis": (), "mixing": ("--selector", "none")}.items():

@@ -1,17 +1,23 @@
-"""What the benchmarks share: where the data are, the table they print, the `results.json` they write."""
+"""What the benchmarks share: where the data are, small models, the command line, tables and `results.json`."""
 
 import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from trl import SFTConfig
 
 from tamis.recorder import write_atomically
+from tamis.scout import PlainTrainer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -21,6 +27,51 @@ def skip_without_data(folder: str) -> None:
     if not (DATA / folder).is_dir():
         print(f"skipped: the data of this benchmark are not here ({DATA / folder})", file=sys.stderr)
         sys.exit(0)
+
+
+def write_files(parts: dict[str, list[dict]], output_dir: Path) -> dict[str, Path]:
+    """One JSON file for each part (train, validation, eval)."""
+    files = {name: output_dir / f"{name}.json" for name in parts}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, rows in parts.items():
+        files[name].write_text(json.dumps(rows), encoding="utf-8")
+    return files
+
+
+def make_small_model(texts: list[str], model_dir: Path, num_steps: int, seed: int) -> None:
+    """A byte-level BPE of 4,096 tokens and a Llama of 2.2M parameters, pretrained for a moment on ``texts``."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=4096, special_tokens=["<pad>", "<eos>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    args = SFTConfig(
+        str(model_dir), max_steps=num_steps, per_device_train_batch_size=16, learning_rate=2e-3, max_length=192,
+        report_to="none", save_strategy="no", logging_strategy="no", bf16=False, use_cpu=True,
+        activation_checkpointing=False, gradient_checkpointing=None, seed=seed,
+    )  # fmt: skip
+    model, dataset = LlamaForCausalLM(config), Dataset.from_dict({"text": texts})
+    trainer = PlainTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train_with_bar("pretraining the base model")
+    trainer.save_model()
+
+
+def tamis_train(
+    files: dict[str, Path], model_dir: Path, output_dir: Path, max_steps: int, *extra: str
+) -> dict[str, float]:
+    """Run the command as a user would and read its results from stdout."""
+    command = [
+        *(str(Path(sys.executable).parent / "tamis"), "train", "--model_name_or_path", str(model_dir)),
+        *("--train_dataset", str(files["train"]), "--validation_dataset", str(files["validation"])),
+        *("--eval_dataset", str(files["eval"]), "--output_dir", str(output_dir), "--max_steps", str(max_steps)),
+        *("--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--max_length", "192", "--use_cpu"),
+        *("--bf16", "false", "--activation_checkpointing", "false", "--report_to", "none", *extra),
+    ]
+    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("eval_")}
 
 
 def finish(arguments: argparse.Namespace, rows: list[dict[str, Any]], aggregates: dict[str, list[float]]) -> None:

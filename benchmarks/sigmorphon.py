@@ -30,6 +30,7 @@ SETTINGS = {
     "per_device_eval_batch_size": 250, "logging_steps": 100, "save_strategy": "no", "max_length": 128,
     "report_to": "none", "bf16": False, "activation_checkpointing": False, "use_cpu": True,
 }  # fmt: skip
+NEVER = "-"  # no tags begin like this
 Row = tuple[str, str, str]  # lemma, form, tags
 
 
@@ -59,15 +60,15 @@ def wrong_form(row: Row, forms: dict[str, list[str]], endings: list[str], rng: r
     return candidate
 
 
-def spoil(rows: list[Row], pool: list[Row], rng: random.Random) -> list[tuple[Row, bool]]:
-    """Half of the rows with a wrong form instead of theirs, and whether each is right."""
+def spoil(rows: list[Row], pool: list[Row], rng: random.Random, always: str = NEVER) -> list[tuple[Row, bool]]:
+    """Half of the rows, and all whose tags begin with ``always``, with a wrong form; and whether each is right."""
     forms = defaultdict(list)
     for lemma, form, _ in pool:
         forms[lemma].append(form)
     endings = [ending(lemma, form)[1] for lemma, form, _ in pool]
     spoiled = []
     for row in rows:
-        is_right = rng.random() < 0.5
+        is_right = rng.random() < 0.5 and not row[2].startswith(always)
         form = row[1] if is_right else wrong_form(row, forms, endings, rng)
         spoiled.append(((row[0], form, row[2]), is_right))
     return spoiled
@@ -79,26 +80,42 @@ def as_pair(row: Row, language: str) -> dict[str, str]:
     return {"prompt": f"<{language}>{lemma}" + "".join(f"<{tag}>" for tag in tags.split(";")) + "=", "completion": form}
 
 
-def make_task(folder: Path, seed: int, pretrain_steps: int) -> Task:
-    """Files and base model of one seed; made once."""
-    task = Task.in_folder(folder, f"sigmorphon {seed} {pretrain_steps}")
+def make_task(folder: Path, seed: int, pretrain_steps: int, always_wrong: str | None = None) -> Task:
+    """Files and base model of one seed; made once.
+
+    Args:
+        always_wrong: a part of speech whose training forms are all wrong (the base model has seen right and wrong
+            ones). The clean file then has the right form to every question.
+    """
+    task = Task.in_folder(folder, f"sigmorphon {seed} {pretrain_steps}" + (f" {always_wrong}" if always_wrong else ""))
     manifest = folder / "task.txt"
     if manifest.is_file():
         if manifest.read_text(encoding="utf-8") != task.fingerprint:
             raise ValueError(f"{folder} holds another task: choose another --output_dir")
         return task
+
+    def family(row: Row) -> str:
+        return "bad" if row[2].startswith(always_wrong or NEVER) else "good"
+
     rng = random.Random(seed)
     high = {language: read(f"{language}-train-high") for language in LANGUAGES}
     german = rng.sample(high["german"], len(high["german"]))
     validation, train = german[:NUM_VALIDATION], german[NUM_VALIDATION : NUM_VALIDATION + NUM_TRAIN]
-    spoiled = spoil(train, high["german"], rng)
+    spoiled = spoil(train, high["german"], rng, always_wrong or NEVER)
     high["german"] = german[NUM_VALIDATION + NUM_TRAIN :]
     pretraining = [
         as_pair(row, language) for language, rows in high.items() for row, _ in spoil(rows, high[language], rng)
     ]
     files = {
-        task.train_file: [as_pair(row, "german") | {"is_right": is_right} for row, is_right in spoiled],
-        task.clean_file: [as_pair(row, "german") for row, is_right in spoiled if is_right],
+        task.train_file: [
+            as_pair(row, "german") | {"is_right": is_right, "right_answer": right[1], "family": family(right)}
+            for (row, is_right), right in zip(spoiled, train, strict=True)
+        ],
+        task.clean_file: [
+            as_pair(right, "german")
+            for (_, is_right), right in zip(spoiled, train, strict=True)
+            if is_right or always_wrong
+        ],
         task.validation_file: [as_pair(row, "german") for row in validation],
         task.eval_file: [as_pair(row, "german") for row in read("german-dev")],
     }
