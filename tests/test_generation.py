@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -32,7 +33,9 @@ from tamis.generation import (
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
 PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("1=", "123456=", "7=", "98=", "abcdefghij=")]
-CPU: Any = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext, is_main_process=True)
+CPU: Any = SimpleNamespace(
+    device=torch.device("cpu"), autocast=contextlib.nullcontext, is_main_process=True, num_processes=1
+)
 SETTINGS = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=5)
 
 
@@ -337,7 +340,17 @@ def test_the_drift_is_measured_per_token(off):
     assert drift_of(model, ReportingGenerator(model, off=off)) == pytest.approx(abs(off), abs=1e-5)
 
 
-@pytest.mark.parametrize("off", [0.3, -0.3, float("nan"), float("inf")])
+@pytest.mark.parametrize("log_prob", [math.nan, math.inf])
+def test_an_answer_without_log_probability_does_not_stop_the_run(log_prob):
+    """It is counted as unmeasured, and not trained on."""
+    model = opinionated_model()
+    generator = generator_of(model)
+    answers = generator.generate(PROMPTS, 2, seed=0)
+    answers[0][0] = Response(answers[0][0].token_ids, log_prob, True)
+    assert verify(generator, model, PROMPTS, answers, 2, contextlib.nullcontext) < 1e-4
+
+
+@pytest.mark.parametrize("off", [0.3, -0.3])
 def test_too_much_drift_is_refused(off):
     model = opinionated_model()
     with pytest.raises(GenerationError, match="does not have the present weights"):
@@ -508,6 +521,12 @@ def test_vllm_is_made_as_the_settings_say(tmp_path, monkeypatch):
     args = refining_config(
         tmp_path, generator="vllm", vllm_mode="server", max_length=100, max_new_tokens=20, generation_temperature=0.7
     )
+    with pytest.raises(ValueError, match="equal shares"):
+        make_generator(opinionated_model(), SimpleNamespace(num_processes=2), TOKENIZER, args, batch_size=4)
+    quantized = opinionated_model()
+    quantized.hf_quantizer = object()
+    with pytest.raises(ValueError, match="quantized weights"):
+        make_generator(quantized, CPU, TOKENIZER, args, batch_size=4)
     generator = make_generator(opinionated_model(), CPU, TOKENIZER, args, batch_size=4)
     assert isinstance(generator, VllmGenerator)
     assert generator.settings == SamplingSettings(0.7, 1.0, 20)

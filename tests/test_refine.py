@@ -180,7 +180,7 @@ def test_questions_with_one_answer_can_be_refined():
 
 def test_a_dataset_without_questions_is_refused():
     rows = [{"input_ids": [5, 6], "labels": [5, 6], "example_id": 0}]
-    with pytest.raises(ValueError, match=r"use prompt and completion columns, or set --refine_fraction 0"):
+    with pytest.raises(ValueError, match=r"use prompt and completion columns, or messages with"):
         Refiner(
             refiner_of(two_answers).settings,
             new_buffer(),

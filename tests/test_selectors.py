@@ -415,3 +415,20 @@ def test_adam_forgets_what_it_knew_of_a_rewritten_row():
     selector.update(ids, excess, excess)
     moved = selector.scores(ids) - before
     torch.testing.assert_close(moved.abs(), torch.full((2,), 0.1), rtol=1e-2, atol=0), "Adam's first step"
+
+
+def test_a_scout_that_tells_nothing_leaves_all_rows_alike():
+    selector = make_selector("mirror", 4)
+    ids = torch.arange(4)
+    selector.judge(ids, torch.ones(4), torch.zeros(4))
+    assert selector.all_weights().tolist() == [1, 1, 1, 1]
+    assert selector.judged_scores(torch.tensor([0.0, 5.0])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["mirror", "bmo", "softmax"])
+def test_a_leading_row_starts_again_too(name):
+    """The others' weights are lost beside its own in the running sums: their mean must be taken anew."""
+    selector = make_selector(name, 6, score_map="softmax")
+    selector.restore(torch.arange(6), torch.tensor([0.0, -40.0, -41.0, -42.0, -43.0, -40.0]))
+    selector.restart(torch.tensor([0]))
+    assert selector.all_weights()[0].item() == pytest.approx(1, rel=1e-5)

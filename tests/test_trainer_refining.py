@@ -402,6 +402,25 @@ def test_scores_of_own_answers_stay_those_that_the_scout_gave(bilevel, script, t
     assert not torch.equal(trainer.selector.table.score_N, judged[0]), "the new answers have scores of their own"
 
 
+def test_trusted_rows_are_the_same_where_some_were_left_out(bilevel, script):
+    """Batches name trusted rows by their place in the user's data, of which the prepared ones may be fewer."""
+    script()
+    too_long = {"prompt": "x" * 60, "completion": "a"}
+    trained = []
+    for trusted in (TRUSTED, [too_long, *TRUSTED, too_long]):
+        trainer = bilevel(TRAIN, trusted, max_steps=2, max_length=40, per_device_validation_batch_size=4, **REFINING)
+        rewrite, upper = trainer.data_collator, []
+        trainer.data_collator = lambda rows, rewrite=rewrite, upper=upper: (
+            upper.append(sorted(tuple(row["input_ids"]) for row in rows if row.get("example_id", 0) < 0)),
+            rewrite(rows),
+        )[1]
+        trainer.train()
+        trained.append(upper)
+    whole = {tuple(row) for row in trained[0][-1]}
+    assert len(whole) == len(TRUSTED) == 4
+    assert all(set(upper) == whole for upper in trained[1] if upper)
+
+
 # --- what is written down ---------------------------------------------------------------------------------------------
 
 
@@ -415,10 +434,10 @@ def test_weights_are_those_of_own_answers(bilevel, script, tmp_path):
     assert [i for i, is_refined in enumerate(table["refined"]) if is_refined] == list(refined) and len(refined) == 6
     own = torch.tensor([question.own_score for question in refined.values()])
     assert [table["score"][i] for i in refined] == pytest.approx(own.tolist())
-    assert [table["weight"][i] for i in refined] == pytest.approx(trainer.selector.weights_of(own).tolist())
+    expected = trainer.selector.weights_of(trainer.refiner.own_scores())
+    assert table["weight"] == pytest.approx((expected / expected.mean()).tolist()), "mean one over own answers"
     others = [i for i in range(12) if i not in refined]
     assert [table["score"][i] for i in others] == trainer.selector.scores(torch.tensor(others)).tolist()
-    assert [table["weight"][i] for i in others] == trainer.selector.all_weights()[others].tolist()
     committed = trainer.selector.scores(torch.tensor(list(refined)))
     assert own.std() > 0.1 and (committed - own).abs().min() > 1e-4, "the score it trains with is another"
 
@@ -458,8 +477,9 @@ def test_refinements_hold_questions_answers_and_what_they_count(bilevel, script,
         assert sum(usable) == pytest.approx(1) == pytest.approx(sum(record["response_weights"]))
         assert all(weight > 0 for weight in usable) and record["is_refined"]
         assert all(log_prob < 0 for log_prob in record["log_probs"][1:]) and record["log_probs"][0] == 0
-        if record["step"] == 2:
-            assert record["own_weight"] == pytest.approx(own[i]["weight"], rel=1e-4)
+    # Weights of a refresh are by its mean, those of the other table by the mean over own answers.
+    ratios = [record["own_weight"] / own[record["example_id"]]["weight"] for record in records if record["step"] == 2]
+    assert ratios == pytest.approx([ratios[0]] * 6, rel=1e-4)
 
 
 def chat(rows: list[dict]) -> list[dict]:

@@ -1,8 +1,10 @@
 """Generated answers: the buffer that holds them, what each counts, and which one a visit trains on.
 
-Instead of forwarding all G answers of a question, a visit draws one in proportion to its weight, and corrects for what
-the weight has become once its loss is known: the expected step is that of all G, each weight brought up to date when
-its answer is seen, and memory does not depend on G (our derivation).
+Instead of forwarding all G answers of a question, a visit draws one in proportion to its weight; once its loss is known
+its weight is taken anew, beside its siblings as they were last seen, and its coefficient is new weight over drawing
+weight. Memory does not depend on G. An answer that the model has moved away from counts less, and a question whose
+answers it has all moved away from loses say as a whole until they are written anew: the rule of selection, ``w``
+proportional to ``exp(-excess / tau)``, with the generating model as reference (our derivation; docs/refining.md).
 
 Shape suffixes: R generated answers, G answers of one question.
 """
@@ -18,7 +20,7 @@ from tamis.bilevel import effective_sample_size, importance_weights
 
 RESPONSE_WEIGHTINGS = ("bmo", "uniform")
 RATIO_LEVELS = ("token", "sequence")
-_NUM_MEASURED = 1000  # questions that the metrics of a log step look at, so that logging costs the same for any number
+_NUM_MEASURED = 200  # questions that the metrics of a log step look at, so that logging costs the same for any number
 
 
 @dataclass
@@ -101,7 +103,8 @@ class RefineBuffer:
         if not self.questions:
             return {}
         ess, clipped, log_ratios = [], [], []
-        for example_id, question in islice(self.questions.items(), _NUM_MEASURED):
+        stride = -(-len(self.questions) // _NUM_MEASURED)
+        for example_id, question in islice(self.questions.items(), 0, None, stride):
             weights_G, clipped_G = self.weights(example_id)
             ess.append(effective_sample_size(weights_G) / len(weights_G))
             clipped.append(clipped_G.float().mean().item())

@@ -57,7 +57,13 @@ def load_state(checkpoint: str | Path, parts: Mapping[str, Stateful]) -> int:
         )
     for part, owner in parts.items():
         own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
-        owner.load_state_dict(own)
+        try:
+            owner.load_state_dict(own)
+        except KeyError as error:
+            raise ValueError(
+                f"{checkpoint} was written with other settings (no {error} of the {part}): resume with the settings "
+                "the run was started with"
+            ) from error
     return int(state["num_tokens"])
 
 

@@ -8,7 +8,7 @@
 
 All of them take and return token ids: what is trained on is what was generated, never decoded and encoded again.
 `verify` compares the log-probabilities that a generator reports with those of the training model, so that a generator
-with old weights cannot go unnoticed.
+with other weights is noticed (one that is a few optimizer steps behind may not be).
 """
 
 import logging
@@ -189,7 +189,7 @@ class TransformersGenerator:
             evaluation_mode(self.model),
             without_published_defaults(self.model),
             torch.no_grad(),
-            torch.random.fork_rng(devices, device_type="cuda"),
+            torch.random.fork_rng(devices, device_type=device.type),
             bar,
         ):
             torch.manual_seed(seed)
@@ -316,7 +316,7 @@ def make_generator(
     """The generator that a `BilevelConfig` asks for.
 
     Raises:
-        ValueError: vLLM is asked for and not installed.
+        ValueError: vLLM is asked for and not installed, or cannot be had with this model or number of ranks.
     """
     settings = SamplingSettings(args.generation_temperature, args.generation_top_p, args.max_new_tokens)
     if args.generator == "transformers":
@@ -330,6 +330,16 @@ def make_generator(
         )
     if not is_vllm_available():
         raise ValueError("generator 'vllm' needs vLLM: pip install tamis[vllm], or leave --generator out")
+    if args.vllm_mode == "server" and accelerator.num_processes > 1:
+        raise ValueError(
+            "a vLLM server deals its answers out in equal shares, which those of the ranks are not: train on one rank, "
+            "or use --vllm_mode colocate"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "generator 'vllm' would merge the adapter into quantized weights, which cannot be undone exactly "
+            "(huggingface/trl#6688): leave --generator out, or train without quantization"
+        )
     from trl.generation.vllm_generation import VLLMGeneration
 
     vllm = VLLMGeneration(
@@ -394,6 +404,8 @@ def verify(
     drift = 0.0
     for prompt, responses in list(zip(prompts, answers, strict=True))[:num_checked]:
         response = responses[0]
+        if not math.isfinite(response.log_prob):
+            continue  # counted as unmeasured, and not trained on
         num_tokens = max(len(response.token_ids), 1)
         with autocast():
             own = sampled_log_prob(model, prompt, response.token_ids, generator.settings)

@@ -18,7 +18,7 @@ import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tamis.data import content_hashes
@@ -142,31 +143,34 @@ class Recorder:
         train_rows: Dataset,
         selector: Selector,
         kept_ids: Sequence[int],
-        own_scores: Mapping[int, float] | None = None,
+        own_score_N: Tensor | None = None,
+        refined_ids: Sequence[int] = (),
     ) -> None:
         """Write ``weights.parquet``: one row per row of ``train_rows``, in its order.
 
         ``weight`` (mean one over the rows that are kept) and ``score`` are those after the last committed step, of the
-        row's own answer: where it trains on generated ones (``refined``) they come from ``own_scores``, and what it
-        counts now is in `refinements.parquet`. ``last_loss`` is in nats per token. Rows that never entered training
-        (``kept`` False: prompt too long) have weight 0.
+        row's own answer: where some rows train on generated ones (``refined``), they come from ``own_score_N``; what a
+        refined row counts now is in `refinements.parquet`. ``last_loss`` (nats per token) and ``num_updates`` of a
+        refined row are those of its generated answers. Rows that never entered training (``kept`` False: prompt too
+        long) have weight 0.
         """
         if self._hashes is None:  # the rows of a run do not change: hashed once, not at every checkpoint
             self._hashes = content_hashes(train_rows)
         num_rows = len(train_rows)
         kept_N = np.zeros(num_rows, dtype=bool)
         kept_N[np.asarray(kept_ids, dtype=np.int64)] = True
-        refined = torch.tensor(list(own_scores or {}), dtype=torch.int64)
-        score_N = selector.scores(torch.arange(num_rows)).clone()
-        score_N[refined] = torch.tensor(list((own_scores or {}).values()), dtype=score_N.dtype)
-        refined_N = np.zeros(num_rows, dtype=bool)
-        refined_N[refined.numpy()] = True
+        score_N, refined_N = selector.scores(torch.arange(num_rows)), np.zeros(num_rows, dtype=bool)
+        weight_N = selector.all_weights()
+        if own_score_N is not None:  # the selector's mean of one is over the scores of generated answers
+            score_N, weight_N = own_score_N, selector.weights_of(own_score_N)
+            weight_N = weight_N * (kept_N.sum() / weight_N.sum())
+            refined_N[np.asarray(refined_ids, dtype=np.int64)] = True
         columns = {
             "example_id": np.arange(num_rows),
             "source": train_rows["source"] if "source" in train_rows.column_names else [None] * num_rows,
             "row": train_rows["row"] if "row" in train_rows.column_names else np.arange(num_rows),
             "content_hash": self._hashes,
-            "weight": selector.weights_of(score_N).numpy(),
+            "weight": weight_N.numpy(),
             "score": np.where(kept_N, score_N.numpy(), np.float32(np.nan)),
             "num_updates": selector.num_updates_N.numpy(),
             "last_loss": selector.last_loss_N.numpy(),

@@ -29,6 +29,7 @@ from tamis.answers import Answer, RefineBuffer, Refined
 from tamis.generation import GenerationError, Generator, Response, make_generator, verify
 from tamis.scout import Scout, row_losses
 from tamis.selectors import Selector
+from tamis.stream import upper_id
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,11 @@ class Refiner:
         self.settings, self.buffer, self.generator = settings, buffer, generator
         self.selector, self.scout, self.losses = selector, scout, losses
         self.autocast, self.model = autocast, model
-        self.collator, self.validation_dataset = collator, validation_dataset
+        self.collator = collator
+        self._upper: Dataset | None = None
+        if validation_dataset is not None:  # batches name trusted rows by their place before any was left out
+            self._upper = validation_dataset.select_columns(["input_ids", "labels", "example_id"])
+            self._upper_place = {example_id: i for i, example_id in enumerate(self._upper["example_id"])}
         self.rank, self.num_ranks = rank, num_ranks
         self.last_refresh = -1
         self.history: dict[str, float] = {}
@@ -123,7 +128,12 @@ class Refiner:
         if not self.candidates:
             raise ValueError(
                 "no training row is a question with one answer, so none can be rewritten: use prompt and completion "
-                "columns, or set --refine_fraction 0"
+                "columns, or messages with --assistant_only_loss, or set --refine_fraction 0"
+            )
+        if len(self.candidates) < len(train_dataset):
+            logger.warning(
+                f"{len(self.candidates)} of {len(train_dataset)} training rows are a question with one answer: "
+                "refine_fraction is a part of these, the others keep their answers"
             )
 
     def is_due(self, step: int) -> bool:
@@ -183,6 +193,7 @@ class Refiner:
         except GenerationError as error:
             failure = str(error)
         except Exception as error:  # of whatever kind: the run shall end after saving, or go on without it
+            logger.debug("traceback", exc_info=True)
             failure = f"the generator failed: {type(error).__name__}: {error}"
         if self.num_ranks > 1:  # a failure on one rank is all ranks': the others would wait for its answers for ever
             failure = next(filter(None, gather_object([failure])), "")
@@ -195,7 +206,7 @@ class Refiner:
         num_tokens = len(response.token_ids)
         if not math.isfinite(response.log_prob):  # vLLM has none for some tokens
             return "unmeasured"
-        if num_tokens <= response.is_finished:
+        if num_tokens == 0 or (num_tokens == 1 and response.is_finished):  # nothing but the closing token
             return "empty"
         if not response.is_finished:
             return "unfinished"
@@ -230,9 +241,9 @@ class Refiner:
 
     def _swap(self, questions: dict[int, Refined]) -> None:
         """The new questions instead of the old ones, and the scores with them."""
-        for i, question in self.buffer.questions.items():
-            if i not in questions:
-                self.selector.restore(torch.tensor([i]), torch.tensor([question.own_score]))
+        left = {i: question.own_score for i, question in self.buffer.questions.items() if i not in questions}
+        if left:
+            self.selector.restore(torch.tensor(list(left)), torch.tensor(list(left.values())))
         self.buffer.questions = questions
         if questions:
             self.selector.restart(torch.tensor(list(questions)))
@@ -304,8 +315,8 @@ class Refiner:
                 row = _row(self.question(i), questions[i].answers[chosen].token_ids)
             rows.append({**row, "example_id": i, "answer": chosen})
         for place in batch["upper_rows"]:
-            assert self.validation_dataset is not None, "the batch has rows of it"
-            rows.append({n: self.validation_dataset[place][n] for n in ("input_ids", "labels", "example_id")})
+            assert self._upper is not None, "the batch has rows of it"
+            rows.append(dict(self._upper[self._upper_place[upper_id(place)]]))
         return send_to_device(self.collator(rows), device)
 
     def reference_losses(self, example_ids: Sequence[int], answers: Sequence[int]) -> Tensor:
@@ -385,6 +396,11 @@ def make_refiner(
         max_length=args.max_length,
         seed=args.seed,
     )
+    if settings.start >= max_steps:
+        raise ValueError(
+            f"refine_start is step {settings.start} and the run has {max_steps} steps: nothing would be refined. Lower "
+            "--refine_start, or set --refine_fraction 0"
+        )
 
     def losses(rows: Dataset) -> Tensor:
         title = "" if args.disable_tqdm else "log-probabilities"

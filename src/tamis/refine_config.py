@@ -94,7 +94,9 @@ class RefineConfig(SFTConfig):
     )
     refine_every: float = field(
         default=0.25,
-        metadata={"help": "From one refresh to the next: optimizer steps, or below 1 a part of all steps."},
+        metadata={
+            "help": "From one refresh to the next: optimizer steps (1: every step), or below 1 a part of all steps."
+        },
     )
     num_generations: int = field(default=4, metadata={"help": "New answers to each refined question."})
     refine_policy: Literal["lowest", "random"] = field(

@@ -62,16 +62,16 @@ class ScoreTable:
             total = (total - self.mapped(instead_of)).clamp(min=0) + mapped
         return (mapped * (self.num_active / total)).float()
 
-    def score_of(self, mapped: Tensor) -> Tensor:
-        """Inverse of `mapped`, float64."""
-        return torch.logit(mapped) if self.score_map == "bounded" else mapped.log() + self.shift
-
     def neutral_score(self, example_ids: Tensor) -> float:
-        """The score with which these rows have weight one: the others' mean."""
-        num_others = self.num_active - len(example_ids)
+        """The score with which these rows have weight one: that of the others' mean weight. O(N), exact."""
+        others_N = self.score_N.double()
+        others_N[example_ids] = -math.inf
+        num_others = int(others_N.isfinite().sum())
         if num_others == 0:
             return 0.0  # any score that all rows have
-        return self.score_of((self.sums[0] - self.mapped(self.score_N[example_ids]).sum()) / num_others).item()
+        if self.score_map == "softmax":
+            return (others_N.logsumexp(0) - math.log(num_others)).item()
+        return torch.logit(torch.sigmoid(others_N).sum() / num_others).item()
 
     def exclude(self, example_ids: Tensor) -> None:
         """Give these rows no say for good: they do not count in the mean of the weights either."""

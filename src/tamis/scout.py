@@ -130,13 +130,13 @@ def put(model: nn.Module, parameters: Parameters) -> None:
 class Scout:
     """The model after a gentle descent of the validation loss alone, called back whenever there are rows to judge.
 
-    Two sets of the trainable parameters are kept on the CPU, those of the base model and those of the scout (with LoRA
-    the adapter alone); none on the accelerator.
+    Its trainable parameters (with LoRA the adapter alone) are kept on the CPU, none on the accelerator.
 
     Args:
         model: as it is before training.
         args, collator, accelerator, processing_class: those of its trainer.
         reference: ``base`` (the model as it is now) or ``zero``.
+        keep_base: keep the base model's parameters too, so that rows can be judged after training has begun.
     """
 
     def __init__(
@@ -147,10 +147,11 @@ class Scout:
         accelerator: Accelerator,
         processing_class: PreTrainedTokenizerBase,
         reference: str,
+        keep_base: bool = False,
     ):
         self.model, self.args, self.reference = model, args, reference
         self.collator, self.accelerator, self.processing_class = collator, accelerator, processing_class
-        self.base_parameters = trainable_parameters(model) if reference == "base" else {}
+        self.base_parameters = trainable_parameters(model) if reference == "base" and keep_base else {}
         self.parameters: Parameters = {}
 
     def descend(self, validation_dataset: Dataset, *, num_steps: int, learning_rate: float, batch_size: int) -> None:
@@ -176,7 +177,8 @@ class Scout:
         """Those of the reference: the base model, or zero."""
         if self.reference == "zero":
             return torch.zeros(len(rows))
-        return self._losses_with(self.base_parameters, rows, title)
+        # Without parameters of its own the base model is the present one: nothing has been trained yet.
+        return self._losses_with(self.base_parameters or trainable_parameters(self.model), rows, title)
 
     def _losses_with(self, parameters: Parameters, rows: Dataset, title: str) -> Tensor:
         # No gradients are kept: twice the rows fit.

@@ -187,11 +187,11 @@ class MirrorSelector(Selector):
         self.center, self.scale, self.num_batches = 0.0, 0.0, 0
 
     def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
-        if self.scale < self._MIN_SCALE:  # nothing to judge by yet
-            return self.table.score_N[example_ids_B]
         return self.table.score_N[example_ids_B] + self.judged_scores(excess_B)
 
     def judged_scores(self, excess_B: Tensor) -> Tensor:
+        if self.scale < self._MIN_SCALE:  # nothing to judge by
+            return torch.zeros(len(excess_B))
         z_B = ((excess_B - self.center) / self.scale).clamp(-self._CLIP, self._CLIP)
         return -self.learning_rate * z_B
 

@@ -144,7 +144,13 @@ class BilevelTrainer(SFTTrainer):
             args.refine_fraction and args.reference == "base" and self.selector.uses_excess
         ):
             self.scout = Scout(
-                self.model, args, self.data_collator, self.accelerator, self.processing_class, args.reference
+                self.model,
+                args,
+                self.data_collator,
+                self.accelerator,
+                self.processing_class,
+                args.reference,
+                keep_base=bool(args.refine_fraction),
             )
         self.refiner: Refiner | None = None  # made by `train`, which knows how many steps there are
         # What `config.yaml` gets: the command line adds the model and the files, see `tamis.run`.
@@ -238,7 +244,11 @@ class BilevelTrainer(SFTTrainer):
         weights_L = self.selector.weights(ids_L, excess_L)
         if self.refiner:
             log_probs = (-loss_B * num_tokens_B)[:num_lower].tolist()
-            weights_L = weights_L * self.refiner.coefficients(example_ids, answers, log_probs)
+            coefficients_L = self.refiner.coefficients(example_ids, answers, log_probs)
+            weights_L = weights_L * coefficients_L
+            for coefficient, answer in zip(coefficients_L.tolist(), answers, strict=True):
+                if answer >= 0:
+                    self._metrics["train"]["response_coefficient"].append(coefficient)
             self._visits.append((example_ids, answers, log_probs))
         rho = self.current_rho()
         lower_share_L = self._share(num_tokens_B[:num_lower], level=0)
@@ -343,10 +353,10 @@ class BilevelTrainer(SFTTrainer):
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, self.resolved.announcements))
             self.recorder.rewind(checkpoint_step(resume_from_checkpoint) if resume_from_checkpoint else 0)
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        if self.scout and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if (self.scout or self.args.refine_fraction) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
-                "a scout cannot put back a model sharded by DeepSpeed or FSDP: set --scout_ratio 0, and --reference "
-                "zero or tracked if rows are refined"
+                "neither scouting nor refining works on a model sharded by DeepSpeed or FSDP: set --scout_ratio 0 and "
+                "--refine_fraction 0"
             )
         if self.args.refine_fraction:
             self.refiner = make_refiner(
@@ -365,7 +375,10 @@ class BilevelTrainer(SFTTrainer):
         if self.scout and self.resolved.scout_ratio and not resume_from_checkpoint:
             self._scout(self.scout, max_steps)
         elif self.scout and self.refiner and self.resolved.scout_ratio:
-            self.scout.load(Path(str(self.args.output_dir)) / SCOUT_FILE)
+            run_dirs = Path(str(self.args.output_dir)), Path(str(resume_from_checkpoint)).parent
+            self.scout.load(next((d for d in run_dirs if (d / SCOUT_FILE).is_file()), run_dirs[0]) / SCOUT_FILE)
+        if not self.refiner:
+            self.scout = None  # no more rows to judge: its parameters need not be kept
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self._write_weights()
         return output
@@ -374,6 +387,7 @@ class BilevelTrainer(SFTTrainer):
         """Judge all training rows before the first step: see `tamis.scout`."""
         num_steps = max(1, int(self.resolved.scout_ratio * max_steps))
         logger.info(f"scouting: {num_steps} steps on the validation rows, then all training rows are judged")
+        reference_R = scout.reference_losses(self.train_dataset, "rows before scouting")
         scout.descend(
             self.validation_dataset,
             num_steps=num_steps,
@@ -381,7 +395,6 @@ class BilevelTrainer(SFTTrainer):
             batch_size=self.resolved.per_device_validation_batch_size,
         )
         loss_R = scout.losses(self.train_dataset, "rows after scouting")
-        reference_R = scout.reference_losses(self.train_dataset, "rows before scouting")
         example_ids_R = torch.tensor(self.train_dataset["example_id"])
         self._stop_if_not_finite(loss_R, example_ids_R, [])
         self.selector.judge(example_ids_R, loss_R, loss_R - reference_R)
@@ -389,8 +402,6 @@ class BilevelTrainer(SFTTrainer):
         self._write_weights()
         if self.refiner and self.recorder:
             scout.save(self.recorder.output_dir / SCOUT_FILE)
-        elif not self.refiner:
-            self.scout = None  # no more rows to judge: its parameters need not be kept
         # Scouting has drawn from the global generators; the steps that follow are those of a run of their own.
         set_seed(self.args.seed)
 
@@ -415,7 +426,7 @@ class BilevelTrainer(SFTTrainer):
         step, device = self.state.global_step, self.accelerator.device
         try:
             # Dropout goes on as if there had been no refresh, which a resumed run may have behind it.
-            with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type="cuda"):
+            with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
                 records = refiner.refresh(step)
         except GenerationError as error:
             if self.args.refine_on_error == "continue":
@@ -428,6 +439,11 @@ class BilevelTrainer(SFTTrainer):
                 "--refine_on_error continue"
             ) from error
         logger.info(refiner.summary(step))
+        if len(refiner.buffer.questions) < len(records) / 2:
+            logger.warning(
+                "most questions got no usable answer: raise --max_new_tokens, or see to it that the model ends its "
+                "answers (--eos_token)"
+            )
         self._metrics["train"] |= {name: [value] for name, value in refiner.history.items()}
         if self.recorder:
             self.recorder.add_refinements(records, self._train_rows, self.processing_class)
@@ -471,10 +487,11 @@ class BilevelTrainer(SFTTrainer):
 
     def _write_weights(self) -> None:
         if self.recorder:
-            refined = self.refiner.buffer.questions if self.refiner else {}
-            own_scores = {i: question.own_score for i, question in refined.items()}
+            own: dict[str, Any] = {}
+            if self.refiner:
+                own = {"own_score_N": self.refiner.own_scores(), "refined_ids": list(self.refiner.buffer.questions)}
             kept_ids = self.train_dataset["example_id"]
-            self.recorder.write_weights(self._train_rows, self.selector, kept_ids=kept_ids, own_scores=own_scores)
+            self.recorder.write_weights(self._train_rows, self.selector, kept_ids=kept_ids, **own)
 
     def _send_telemetry(self) -> None:
         """TRL reports every constructed trainer to its makers; a run of tamis is nobody else's business."""
