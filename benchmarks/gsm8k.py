@@ -20,7 +20,9 @@ from common import DATA, finish, make_small_model, skip_without_data, tamis_trai
 from tamis.metrics import auroc
 
 NUM_VALIDATION, NUM_EVAL = 200, 300
-REFINING = ("--refine_fraction", "0.2", "--num_generations", "2", "--refine_every", "0.5", "--max_new_tokens", "96")
+REFINING = ("--refine_fraction", "0.2", "--num_generations", "2", "--refine_every", "0.5", "--max_new_tokens", "96",
+    "--generation_batch_size", "128",
+)  # fmt: skip
 
 
 def read(name: str) -> list[dict]:
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps: shows that everything runs")
     arguments = parser.parse_args()
     skip_without_data("gsm8k")
-    pretrain_steps, max_steps = (20, 20) if arguments.quick else (1000, 300)
+    pretrain_steps, max_steps = (20, 20) if arguments.quick else (150, 100)
 
     parts, texts = split_rows(arguments.seed)
     files = write_files(parts, arguments.output_dir)
