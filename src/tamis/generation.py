@@ -306,6 +306,12 @@ class ScriptedGenerator:
         return answers
 
 
+def check_installed(generator: str) -> None:
+    """Raise a ValueError if what the generator of that name needs is not installed."""
+    if generator == "vllm" and not is_vllm_available():
+        raise ValueError("generator 'vllm' needs vLLM: pip install tamis[vllm], or leave --generator out")
+
+
 def make_generator(
     model: Any,
     accelerator: Accelerator,
@@ -328,8 +334,7 @@ def make_generator(
             batch_size=batch_size,
             show_progress=accelerator.is_main_process and not args.disable_tqdm,
         )
-    if not is_vllm_available():
-        raise ValueError("generator 'vllm' needs vLLM: pip install tamis[vllm], or leave --generator out")
+    check_installed(args.generator)
     if args.vllm_mode == "server" and accelerator.num_processes > 1:
         raise ValueError(
             "a vLLM server deals its answers out in equal shares, which those of the ranks are not: train on one rank, "

@@ -22,7 +22,7 @@ from tamis import checkpoint as checkpoints
 from tamis.bilevel import penalty_gap, rho_at, row_coefficients
 from tamis.config import BilevelConfig
 from tamis.data import attach_example_ids, check_overlap, check_rows, fingerprint, report_dropped, row_name
-from tamis.generation import GenerationError
+from tamis.generation import GenerationError, check_installed
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
 from tamis.references import ZeroReference, fused_forward, make_reference
 from tamis.refine import Refiner, make_refiner
@@ -92,6 +92,8 @@ class BilevelTrainer(SFTTrainer):
         **kwargs: Any,
     ):
         args.check(has_validation=validation_dataset is not None, has_weight="weight" in train_dataset.column_names)
+        if args.refine_fraction:
+            check_installed(args.generator)
         self.resolved = args.resolve()
         datasets = {
             "train_dataset": train_dataset,
