@@ -8,14 +8,12 @@ is the held-out loss beside that of direct mixing, and how well the weights sing
 rated 4.5 or more too (`auroc_rated`), beside what the mere length of the answer tells of it.
 """
 
-import argparse
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import DATA, finish, make_small_model, skip_without_data, tamis_train, write_files
+from common import DATA, finish, make_parser, make_small_model, skip_without_data, tamis_train, write_files
 
 from tamis.metrics import auroc
 
@@ -37,10 +35,8 @@ def split_rows(seed: int) -> dict[str, list[dict]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__, seeds=())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="20 steps: shows that everything runs")
     arguments = parser.parse_args()
     skip_without_data("alpaca")
     pretrain_steps, max_steps = (20, 20) if arguments.quick else (200, 200)

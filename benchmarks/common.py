@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,30 @@ from tamis.recorder import write_atomically
 from tamis.scout import PlainTrainer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def make_parser(
+    docstring: str,
+    *,
+    quick: str = "20 steps of everything: shows that it runs",
+    seeds: Sequence[int] = (0, 1, 2),
+    scenarios: Sequence[str] = (),
+) -> argparse.ArgumentParser:
+    """What the benchmarks' command lines share.
+
+    Args:
+        docstring: of the benchmark; its first line is the description.
+        quick: what ``--quick`` does.
+        seeds, scenarios: defaults of the options of these names; where empty there is no such option.
+    """
+    parser = argparse.ArgumentParser(description=docstring.split("\n")[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    if seeds:
+        parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    if scenarios:
+        parser.add_argument("--scenarios", nargs="+", default=scenarios, choices=scenarios)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
 
 
 def skip_without_data(folder: str) -> None:

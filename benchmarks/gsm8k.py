@@ -8,14 +8,12 @@ whatever it is: AUROC of the weights against the label, beside what the length o
 refining. The model is far too small for arithmetic: what is shown is that the run completes on real rows.
 """
 
-import argparse
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import DATA, finish, make_small_model, skip_without_data, tamis_train, write_files
+from common import DATA, finish, make_parser, make_small_model, skip_without_data, tamis_train, write_files
 
 from tamis.metrics import auroc
 
@@ -50,10 +48,8 @@ def split_rows(seed: int) -> tuple[dict[str, list[dict]], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__, seeds=())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="20 steps: shows that everything runs")
     arguments = parser.parse_args()
     skip_without_data("gsm8k")
     pretrain_steps, max_steps = (20, 20) if arguments.quick else (150, 100)

@@ -25,7 +25,6 @@ F1 0.93 was not reached by any method. A classifier fitted to the true labels, o
 kinds and ages, reached 0.921 to 0.926 in cross-validation: the linear model's losses hold little more than that.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -33,12 +32,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import DATA, finish, skip_without_data
+from common import DATA, finish, make_parser, skip_without_data
 from torch import Tensor
 
 from tamis.bilevel import row_coefficients
@@ -297,10 +295,7 @@ def aggregate(rows: list[dict]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="MNIST data hyper-cleaning with a linear model")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="one seed and 200 iterations: shows that it runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = make_parser(__doc__, quick="one seed and 200 iterations: shows that it runs")
     parser.add_argument(
         "--tune", nargs="*", choices=ALTERNATIVES, help="print other settings on held-out validation rows, and stop"
     )

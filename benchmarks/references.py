@@ -8,12 +8,10 @@ rows, and `useful_weight`: the weight that the right rows of the worse-off famil
 right rows. Below 0.5 a family has lost more than half of its useful weight; it is the trap of the reference `zero`.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import numpy as np
-from common import DATA, finish
+from common import DATA, finish, make_parser
 from sigmorphon import PRETRAIN_STEPS, make_task
 from sigmorphon import SETTINGS as SIGMORPHON_SETTINGS
 
@@ -37,12 +35,7 @@ def useful_weight(weights: np.ndarray, is_right: np.ndarray, task: Task) -> floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenarios", nargs="+", default=SCENARIOS, choices=SCENARIOS)
-    parser.add_argument("--quick", action="store_true", help="20 steps of everything: shows that it runs")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__, scenarios=SCENARIOS).parse_args()
     rows = []
     for seed in arguments.seeds:
         folder = arguments.output_dir / f"seed{seed}"

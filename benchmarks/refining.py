@@ -10,11 +10,10 @@ Reported beside `gap_closure`: `extra_gap_closed`, that of refining less that of
 share of right answers among the generated ones.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from common import DATA, finish
+from common import DATA, finish, make_parser
 from sigmorphon import PRETRAIN_STEPS, make_task
 from sigmorphon import SETTINGS as SIGMORPHON_SETTINGS
 
@@ -74,12 +73,7 @@ def draw(shares: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenarios", nargs="+", default=SCENARIOS, choices=SCENARIOS)
-    parser.add_argument("--quick", action="store_true", help="20 steps of everything: shows that it runs")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__, scenarios=SCENARIOS).parse_args()
 
     all_rows, aggregates, shares = [], {}, {}
     for scenario in arguments.scenarios:

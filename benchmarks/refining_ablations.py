@@ -7,13 +7,12 @@ the temperature tau and level of the response weights, `lowest` against `random`
 answers are drawn. Reported: accuracy and loss on held-out rows, and the share of right answers at the last refresh.
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import finish
+from common import finish, make_parser
 from refining import REFINING_SETTINGS
 
 from tamis.compare import Method, right_answers, run_method
@@ -71,11 +70,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--quick", action="store_true", help="20 steps of everything: shows that it runs")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__, seeds=(0, 1)).parse_args()
     base = REFINING_SETTINGS["bad_kinds"]
     variants = [(DEFAULT, DEFAULT, base), (DEFAULT, "no refining", {})]
     variants += [(group, name, base | change) for group, found in VARIANTS.items() for name, change in found.items()]

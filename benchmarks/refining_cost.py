@@ -14,12 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
 from accelerate import Accelerator
-from common import finish
+from common import finish, make_parser
 from datasets import Dataset
 from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -115,10 +114,8 @@ def peak_memory(num_generations: int, is_quick: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__, quick="a smaller model: shows that it runs", seeds=())
     parser.add_argument("--measure_memory", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="a smaller model: shows that it runs")
     arguments = parser.parse_args()
     if arguments.measure_memory is not None:
         return measure_memory(arguments.measure_memory, arguments.quick)

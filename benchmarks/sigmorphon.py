@@ -9,14 +9,13 @@ and a coin says so, or the form with another word's ending. All methods take the
 tamis's scouting comes on top and is part of its seconds.
 """
 
-import argparse
 import json
 import random
 from collections import defaultdict
 from itertools import chain
 from pathlib import Path
 
-from common import DATA, finish, skip_without_data
+from common import DATA, finish, make_parser, skip_without_data
 
 from tamis.compare import Task, compare_methods, format_table
 from tamis.synthetic import build_model, build_tokenizer, pretrain
@@ -134,11 +133,7 @@ def make_task(folder: Path, seed: int, pretrain_steps: int, always_wrong: str | 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="20 steps of everything: shows that it runs")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__).parse_args()
     skip_without_data("sigmorphon2017")
     pretrain_steps = 20 if arguments.quick else PRETRAIN_STEPS
 

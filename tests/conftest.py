@@ -115,8 +115,36 @@ class GradientRecorder(TrainerCallback):
         self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
+class Killed(Exception):
+    pass
+
+
+class Kill(TrainerCallback):
+    """Ends a run as a kill would, after an optimizer step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
 def lora(**settings) -> LoraConfig:
     return LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 4, "task_type": "CAUSAL_LM"} | settings)
+
+
+def weighted_step(reduction: str, accumulation: int) -> dict:
+    """Settings of a step over 6 training and 4 validation rows, by the weights of a column; the model stays as it is."""
+    return {
+        "selector": "column",
+        "rho": 0.3,
+        "loss_reduction": reduction,
+        "per_device_train_batch_size": 6 // accumulation,
+        "per_device_validation_batch_size": 4 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": 0.0,
+    }
 
 
 def pairs(num_rows: int, start: int = 0, wrong: bool = False) -> list[dict[str, str]]:

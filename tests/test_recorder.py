@@ -8,28 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import assert_close, lora, pairs, parameters, read_jsonl
+from conftest import Kill, Killed, assert_close, lora, pairs, parameters, read_jsonl
 from datasets import Dataset
-from transformers import TrainerCallback
 
 from tamis import BilevelConfig
 from tamis.data import content_hashes
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, write_atomically
 
 TRAIN, TRUSTED, HELD_OUT = pairs(7) + pairs(5, 50, wrong=True), pairs(4, 95), pairs(3, 60)
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,17 @@ import logging
 
 import pytest
 import torch
-from conftest import GradientRecorder, assert_close, lora, pairs, parameters, plain_loss, read_jsonl, row_gradients
+from conftest import (
+    GradientRecorder,
+    assert_close,
+    lora,
+    pairs,
+    parameters,
+    plain_loss,
+    read_jsonl,
+    row_gradients,
+    weighted_step,
+)
 from safetensors.torch import load_file
 
 from tamis import NonFiniteLossError
@@ -63,18 +73,7 @@ def test_plain_mixing_is_sft_under_accumulation(bilevel, sft):
 def test_every_row_is_multiplied_by_its_own_coefficient(bilevel, reduction, accumulation):
     weights = [0.5, 2.0, 0.0, 1.0, 3.0, 1.5]
     train = [row | {"weight": weight} for row, weight in zip(FORMATS["pairs"], weights, strict=True)]
-    loss, gradients, trainer = one_step(
-        bilevel,
-        train,
-        pairs(4, 95),
-        selector="column",
-        rho=0.3,
-        loss_reduction=reduction,
-        per_device_train_batch_size=6 // accumulation,
-        per_device_validation_batch_size=4 // accumulation,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=0.0,
-    )
+    loss, gradients, trainer = one_step(bilevel, train, pairs(4, 95), **weighted_step(reduction, accumulation))
     expected = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
     expected_loss = 0.0
     for dataset, level in ((trainer.train_dataset, 0.7), (trainer.validation_dataset, 0.3)):

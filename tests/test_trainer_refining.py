@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import (
     GradientRecorder,
+    Kill,
+    Killed,
     assert_close,
     lora,
     pairs,
@@ -20,8 +22,8 @@ from conftest import (
     tiny_model,
     tiny_tokenizer,
     token_ids,
+    weighted_step,
 )
-from transformers import TrainerCallback
 
 from tamis.generation import GenerationError, SamplingSettings, ScriptedGenerator, TransformersGenerator
 from tamis.recorder import last_complete_checkpoint
@@ -133,18 +135,11 @@ def test_every_generated_answer_is_multiplied_by_its_own_coefficient(bilevel, sc
     trainer = bilevel(
         train,
         pairs(4, 95),
-        selector="column",
-        rho=0.3,
-        loss_reduction=reduction,
-        per_device_train_batch_size=6 // accumulation,
-        per_device_validation_batch_size=4 // accumulation,
-        gradient_accumulation_steps=accumulation,
         max_steps=1,
-        learning_rate=0.0,
         max_grad_norm=0.0,
         response_temperature=tau,
         callbacks=[recorder],
-        **REFINING,
+        **REFINING | weighted_step(reduction, accumulation),
     )
     refresh, when_drawn, chosen = trainer._refresh, {}, {}
 
@@ -510,19 +505,6 @@ def test_a_new_run_in_an_old_folder_begins_a_new_file(bilevel, script, tmp_path)
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 @pytest.fixture

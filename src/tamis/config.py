@@ -1,13 +1,14 @@
 """Settings of a bilevel run: `BilevelConfig`, an `SFTConfig` with a few more fields."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from typing import Any, Literal
 
 import torch
 
 from tamis.references import REFERENCE_NAMES
-from tamis.refine_config import REFINE_CHOICES, RefineConfig, given_fields
+from tamis.refine_config import REFINE_CHOICES, REFINE_POSITIVE, REFINE_SHARES, RefineConfig
 from tamis.scores import SCORE_MAPS
 from tamis.selectors import DEFAULT_LEARNING_RATE, SELECTOR_NAMES, STATIC_SELECTORS
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 # Gentle, so that the model learns what the validation rows want and keeps what it knew (LOG.md: on SIGMORPHON, trained
 # at 2e-3, a scout at 3e-4 ranked rows with AUROC 0.91, at 1e-3 with 0.84).
 _SCOUT_LEARNING_RATE_RATIO = 0.15
+# Not for a replay: a secret, where an earlier run was taken up, and what `config.yaml` tells of the run it came from.
+_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "run_info")
 _CHOICES = {
     "selector": SELECTOR_NAMES,
     "score_map": (None, *SCORE_MAPS),
@@ -23,6 +26,17 @@ _CHOICES = {
     "loss_reduction": ("example", "token"),
     **REFINE_CHOICES,
 }
+
+
+def given_fields(arguments: Any) -> dict[str, Any]:
+    """The plain values of a dataclass that differ from their defaults, as `--config` reads them."""
+    defaults = {
+        f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(arguments)
+    }
+    given = {n: getattr(arguments, n) for n in defaults}
+    given = {n: v.value if isinstance(v, Enum) else v for n, v in given.items()}
+    given = {n: v for n, v in given.items() if v != defaults[n] and n not in _NOT_REPLAYED}
+    return {n: v for n, v in given.items() if isinstance(v, bool | int | float | str | list | dict | None)}
 
 
 class Resolved:
@@ -245,7 +259,6 @@ class BilevelConfig(RefineConfig):
             ValueError: with the field and the remedy.
         """
         self._refuse_bad_values()
-        self.refuse_bad_refining()
         self._refuse_what_sft_offers()
         if self.selector not in STATIC_SELECTORS and not has_validation:
             raise ValueError(
@@ -273,12 +286,8 @@ class BilevelConfig(RefineConfig):
         self._warn_of_settings_without_effect(has_validation)
 
     def _refuse_bad_values(self) -> None:
-        for name, value in (
-            ("rho", self.rho),
-            ("rho_start", self.rho_start),
-            ("rho_decay_ratio", self.rho_decay_ratio),
-            ("scout_ratio", self.scout_ratio),
-        ):
+        for name in ("rho", "rho_start", "rho_decay_ratio", "scout_ratio", *REFINE_SHARES):
+            value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
         for name in (
@@ -287,10 +296,15 @@ class BilevelConfig(RefineConfig):
             "reference_learning_rate",
             "bmo_temperature",
             "per_device_validation_batch_size",
+            *REFINE_POSITIVE,
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.ratio_clip < 1:
+            raise ValueError(f"ratio_clip must be at least 1, got {self.ratio_clip}")
+        if self.refine_start is not None and self.refine_start < 0:
+            raise ValueError(f"refine_start must not be negative, got {self.refine_start}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice)
@@ -323,4 +337,4 @@ class BilevelConfig(RefineConfig):
         for name, unused in without_effect.items():
             if unused:
                 logger.warning(f"{name} is set but has no effect with selector '{self.selector}', rho {self.rho}")
-        self.warn_of_refining_without_effect()
+        self.warn_of_refining_without_effect(given_fields(self))

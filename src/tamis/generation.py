@@ -27,6 +27,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from trl.import_utils import is_vllm_available
 
+from tamis.references import evaluation_mode
+
 logger = logging.getLogger(__name__)
 
 GENERATOR_NAMES = ("transformers", "vllm")
@@ -83,21 +85,6 @@ class Generator(Protocol):
             prompts: token ids.
             seed: all the randomness there is, where the generator can be seeded.
         """
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no activation checkpointing (both are for training mode only), then every module as it was.
-
-    The weights and their types are not touched.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
@@ -244,9 +231,8 @@ class VllmGenerator:
         """See `Generator`."""
         with base_weights_kept(self.model):
             self.vllm.sync_weights()
-        if (
-            self.vllm.mode == "server"
-        ):  # in this process one seed would give the same answer to every copy of a question
+        # Only there: in this process one seed would give the same answer to every copy of a question.
+        if self.vllm.mode == "server":
             self.vllm.generation_kwargs = self.vllm.generation_kwargs | {"seed": seed}
         rows = [ids for ids in prompts for _ in range(num_generations)]
         _, completions, log_probs, _ = self.vllm.generate(rows, images=None, num_generations=num_generations)
@@ -370,9 +356,7 @@ def closing_tokens(model: Any, processing_class: PreTrainedTokenizerBase) -> lis
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
-def sampled_log_prob(
-    model: Any, prompt: list[int], token_ids: list[int], settings: SamplingSettings
-) -> float:  # fmt: skip
+def sampled_log_prob(model: Any, prompt: list[int], token_ids: list[int], settings: SamplingSettings) -> float:
     """Sum of log-probabilities of an answer under the sampling distribution, by a forward of its own."""
     if not token_ids:
         return 0.0

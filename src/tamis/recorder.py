@@ -1,13 +1,12 @@
 """The run directory: what a run leaves behind besides the model, for people and for other tools.
 
-| file              | what                                                                                            |
-|-------------------|-------------------------------------------------------------------------------------------------|
-| `config.yaml`     | the settings that differ from the defaults; `tamis train --config config.yaml` replays the run   |
-| `metrics.jsonl`   | one JSON object per log step, appended as training goes                                         |
-| `weights.parquet` | one row per training row: example_id, source, row, content_hash, weight, score, num_updates, ... |
-
-| `refinements.parquet` | one row per refresh and rewritten question: its new answers and their weights at that step |
-| `scout.safetensors`   | what judges new answers (`tamis.scout`); runs with refining only                       |
+| file                  | what                                                                                         |
+|-----------------------|----------------------------------------------------------------------------------------------|
+| `config.yaml`         | settings that differ from the defaults; `tamis train --config config.yaml` replays the run   |
+| `metrics.jsonl`       | one JSON object per log step, appended as training goes                                      |
+| `weights.parquet`     | one row per training row: example_id, source, row, content_hash, weight, score, ...          |
+| `refinements.parquet` | one row per refresh and rewritten question: its new answers and their weights at that step   |
+| `scout.safetensors`   | what judges new answers (`tamis.scout`); runs with refining only                             |
 
 Files are written under a temporary name and renamed, so that a reader never meets half of one. `metrics.jsonl` is the
 exception: it grows by whole lines and is cut back to the step of the checkpoint on resume.

@@ -40,6 +40,21 @@ def fused_losses(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return fused_forward(model, inputs)[0]
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout and no activation checkpointing (both are for training mode only), then every module as it was.
+
+    The weights and their types are not touched.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class ZeroReference:
     """``v = 0``: right when the data are separable, that is when one model fits every row exactly (2511.21056)."""
 
@@ -117,13 +132,8 @@ class BaseReference(ZeroReference):
         if not isinstance(self._model, PeftModel):
             yield
             return
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            with self._model.disable_adapter():
-                yield
-        finally:
-            self._model.train(was_training)
+        with evaluation_mode(self._model), self._model.disable_adapter():
+            yield
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"loss_N": self.loss_N}

@@ -122,9 +122,9 @@ class Refiner:
         self.history: dict[str, float] = {}
         self._rows = train_dataset.select_columns(["input_ids", "labels"])
         self._place = {example_id: i for i, example_id in enumerate(train_dataset["example_id"])}
-        self.candidates = sorted(
-            example_id for example_id, i in self._place.items() if question_and_answer(self._rows[i])
-        )
+        parts = {example_id: question_and_answer(self._rows[i]) for example_id, i in self._place.items()}
+        self._question_length = {example_id: len(both[0]) for example_id, both in parts.items() if both}
+        self.candidates = sorted(self._question_length)
         if not self.candidates:
             raise ValueError(
                 "no training row is a question with one answer, so none can be rewritten: use prompt and completion "
@@ -143,9 +143,7 @@ class Refiner:
 
     def question(self, example_id: int) -> list[int]:
         """Token ids of a question."""
-        parts = question_and_answer(self._rows[self._place[example_id]])
-        assert parts is not None, "only candidates are refined"
-        return parts[0]
+        return self._rows[self._place[example_id]]["input_ids"][: self._question_length[example_id]]
 
     # --- a refresh --------------------------------------------------------------------------------------------------
 
@@ -156,31 +154,36 @@ class Refiner:
             GenerationError: the generator failed, or see `tamis.generation.verify`. The buffer is as before the call.
         """
         started = time.perf_counter()
-        own_scores = self.selector.scores(torch.tensor(self.candidates))
-        own_scores = torch.tensor([
-            self.buffer.questions[i].own_score if i in self.buffer.questions else score
-            for i, score in zip(self.candidates, own_scores.tolist(), strict=True)
-        ])  # fmt: skip
+        own_score_N = self.own_scores()
         picked = pick_questions(
-            self.candidates, own_scores, self.settings.fraction, self.settings.policy, self.settings.seed
+            self.candidates,
+            own_score_N[self.candidates],
+            self.settings.fraction,
+            self.settings.policy,
+            self.settings.seed,
         )
         responses, drift = self._generate(picked, step)
         seconds = time.perf_counter() - started
-        own_score = dict(zip(self.candidates, own_scores.tolist(), strict=True))
         statuses = {i: [self._status(i, response) for response in responses[i]] for i in picked}
         questions = {}
         for i in picked:
             usable = [r for r, status in zip(responses[i], statuses[i], strict=True) if status == "usable"]
             if usable:
                 answers = [Answer(r.token_ids, r.log_prob) for r in usable]
-                questions[i] = Refined(step, own_score[i], answers)
+                questions[i] = Refined(step, own_score_N[i].item(), answers)
         excess_R = self._measure(questions)
         self._swap(questions)
         if self.scout and self.selector.is_settled and questions:
             self._judge(excess_R)
         self.last_refresh = step
         self.history = self._summary(statuses, responses, seconds) | {"refine/logprob_drift": drift}
-        return [self._record(i, responses[i], statuses[i], step, own_score[i]) for i in picked]
+        ids = torch.tensor(picked, dtype=torch.int64)
+        weights = self.selector.weights_of(torch.stack([self.selector.scores(ids), own_score_N[ids]], dim=1)).tolist()
+        return [
+            {"example_id": i, "step": step, "question_weight": question_weight, "own_weight": own_weight}
+            | self._record(i, responses[i], statuses[i])
+            for i, (question_weight, own_weight) in zip(picked, weights, strict=True)
+        ]
 
     def _generate(self, picked: list[int], step: int) -> tuple[dict[int, list[Response]], float]:
         mine = picked[self.rank :: self.num_ranks]
@@ -210,7 +213,7 @@ class Refiner:
             return "empty"
         if not response.is_finished:
             return "unfinished"
-        if self.settings.max_length and len(self.question(example_id)) + num_tokens > self.settings.max_length:
+        if self.settings.max_length and self._question_length[example_id] + num_tokens > self.settings.max_length:
             return "too long"
         return "usable"
 
@@ -268,25 +271,17 @@ class Refiner:
             "refine/tokens_per_second": sum(lengths) / seconds,
         }
 
-    def _record(
-        self, example_id: int, responses: list[Response], statuses: list[str], step: int, own_score: float
-    ) -> dict[str, Any]:
+    def _record(self, example_id: int, responses: list[Response], statuses: list[str]) -> dict[str, Any]:
         weights = [0.0] * len(responses)
         if example_id in self.buffer.questions:
             usable = [j for j, status in enumerate(statuses) if status == "usable"]
             for j, weight in zip(usable, self.buffer.weights(example_id)[0].tolist(), strict=True):
                 weights[j] = weight
-        scores = torch.stack([self.selector.scores(torch.tensor([example_id]))[0], torch.tensor(own_score)])
-        question_weight, own_weight = self.selector.weights_of(scores).tolist()
         return {
-            "example_id": example_id,
-            "step": step,
             "token_ids": [r.token_ids for r in responses],
             "log_probs": [r.log_prob for r in responses],
             "statuses": statuses,
             "response_weights": weights,
-            "question_weight": question_weight,
-            "own_weight": own_weight,
             "is_refined": example_id in self.buffer.questions,
         }
 

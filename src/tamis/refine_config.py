@@ -1,9 +1,9 @@
 """Settings of online refining: `RefineConfig`, an `SFTConfig` with its fields; `BilevelConfig` builds on it."""
 
 import logging
-from dataclasses import MISSING, dataclass, field, fields
-from enum import Enum
-from typing import Any, Literal
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from trl import SFTConfig
 
@@ -13,8 +13,6 @@ from tamis.refine import REFINE_POLICIES
 
 logger = logging.getLogger(__name__)
 
-# Not for a replay: a secret, where an earlier run was taken up, and what `config.yaml` tells of the run it came from.
-_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "run_info")
 REFINE_CHOICES = {
     "refine_policy": REFINE_POLICIES,
     "refine_on_error": ("stop", "continue"),
@@ -23,17 +21,11 @@ REFINE_CHOICES = {
     "generator": GENERATOR_NAMES,
     "vllm_mode": ("colocate", "server"),
 }
-
-
-def given_fields(arguments: Any) -> dict[str, Any]:
-    """The plain values of a dataclass that differ from their defaults, as `--config` reads them."""
-    defaults = {
-        f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(arguments)
-    }
-    given = {n: getattr(arguments, n) for n in defaults}
-    given = {n: v.value if isinstance(v, Enum) else v for n, v in given.items()}
-    given = {n: v for n, v in given.items() if v != defaults[n] and n not in _NOT_REPLAYED}
-    return {n: v for n, v in given.items() if isinstance(v, bool | int | float | str | list | dict | None)}
+REFINE_SHARES = ("refine_fraction", "generation_top_p")
+REFINE_POSITIVE = (
+    "num_generations", "refine_every", "response_temperature", "generation_temperature", "generation_top_p",
+    "generation_batch_size", "max_new_tokens",
+)  # fmt: skip
 
 
 @dataclass
@@ -147,29 +139,12 @@ class RefineConfig(SFTConfig):
         default=0.3, metadata={"help": "Part of the GPU memory that vLLM takes in this process."}
     )
 
-    def refuse_bad_refining(self) -> None:
-        """Refuse values that cannot work.
+    def warn_of_refining_without_effect(self, given: Collection[str]) -> None:
+        """Warn of settings that change nothing.
 
-        Raises:
-            ValueError: with the field.
+        Args:
+            given: names of the settings that differ from their defaults.
         """
-        for name in (
-            "num_generations", "refine_every", "response_temperature", "generation_temperature", "generation_top_p",
-            "generation_batch_size", "max_new_tokens",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("refine_fraction", "generation_top_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.ratio_clip < 1:
-            raise ValueError(f"ratio_clip must be at least 1, got {self.ratio_clip}")
-        if self.refine_start is not None and self.refine_start < 0:
-            raise ValueError(f"refine_start must not be negative, got {self.refine_start}")
-
-    def warn_of_refining_without_effect(self) -> None:
-        """Warn of given settings that change nothing."""
         without_effect = {
             f"response_weighting '{self.response_weighting}'": ["response_temperature", "ratio_level", "ratio_clip"]
             if self.response_weighting == "uniform"
@@ -184,7 +159,7 @@ class RefineConfig(SFTConfig):
         if not self.refine_fraction:
             own = {f.name for f in fields(RefineConfig)} - {f.name for f in fields(SFTConfig)}
             without_effect = {"refine_fraction 0": sorted(own)}
-        given, said = given_fields(self), set()
+        said = set()
         for setting, names in without_effect.items():
             for name in names:
                 if name in given and name not in said:

@@ -8,13 +8,12 @@ import math
 import torch
 from torch import Tensor
 
+SCORE_MAPS = ("bounded", "softmax")
+
 # exp() of a score this far above the shift, and its square, are still far from overflow in float64.
 _MAX_SOFTMAX_EXPONENT = 200.0
 # A sum that has been this much larger since it was last exact has lost half of its digits.
 _MAX_CANCELLATION = 1e8
-
-
-SCORE_MAPS = ("bounded", "softmax")
 
 
 class ScoreTable:

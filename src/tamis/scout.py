@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tamis.progress import ProgressCallback, use_progress
 from tamis.recorder import write_atomically
-from tamis.references import fused_losses
+from tamis.references import evaluation_mode, fused_losses
 
 logger = logging.getLogger(__name__)
 
@@ -85,16 +85,13 @@ def row_losses(
     mine = order[accelerator.process_index :: accelerator.num_processes]
     rows = dataset.select_columns(["input_ids", "labels"]).select(mine)
     losses: list[float] = []
-    was_training = model.training
-    model.eval()
-    try:
-        batches = DataLoader(rows, batch_size, collate_fn=collator)
+    # A generator of its own: a loader draws from the global one, and dropout goes on as if nothing had been measured.
+    batches = DataLoader(rows, batch_size, collate_fn=collator, generator=torch.Generator())
+    with evaluation_mode(model):
         for batch in tqdm(batches, title, disable=not (title and accelerator.is_main_process)):
             inputs = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             with torch.no_grad(), accelerator.autocast():
                 losses += fused_losses(model, inputs).float().tolist()
-    finally:
-        model.train(was_training)
     loss_N = torch.empty(len(dataset))
     for indices, values in gather_object([(mine, losses)]):
         loss_N[torch.tensor(indices, dtype=torch.int64)] = torch.tensor(values)
@@ -171,21 +168,24 @@ class Scout:
     def losses(self, rows: Dataset, title: str = "") -> Tensor:
         """Token-mean losses (R, float32) of prepared rows by the scout."""
         assert self.parameters, "descend() comes first"
-        return self._losses_with(self.parameters, rows, title)
+        with put_back(self.model):
+            put(self.model, self.parameters)
+            return self._present_losses(rows, title)
 
     def reference_losses(self, rows: Dataset, title: str = "") -> Tensor:
         """Those of the reference: the base model, or zero."""
         if self.reference == "zero":
             return torch.zeros(len(rows))
-        # Without parameters of its own the base model is the present one: nothing has been trained yet.
-        return self._losses_with(self.base_parameters or trainable_parameters(self.model), rows, title)
+        if not self.base_parameters:  # the base model is the present one: nothing has been trained yet
+            return self._present_losses(rows, title)
+        with put_back(self.model):
+            put(self.model, self.base_parameters)
+            return self._present_losses(rows, title)
 
-    def _losses_with(self, parameters: Parameters, rows: Dataset, title: str) -> Tensor:
+    def _present_losses(self, rows: Dataset, title: str) -> Tensor:
         # No gradients are kept: twice the rows fit.
         batch_size, title = 2 * self.args.per_device_train_batch_size, "" if self.args.disable_tqdm else title
-        with put_back(self.model):
-            put(self.model, parameters)
-            return row_losses(self.model, rows, self.collator, self.accelerator, batch_size=batch_size, title=title)
+        return row_losses(self.model, rows, self.collator, self.accelerator, batch_size=batch_size, title=title)
 
     def save(self, path: Path) -> None:
         """Write the scout's parameters; the base model's are those that a run starts from."""

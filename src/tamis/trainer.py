@@ -159,7 +159,6 @@ class BilevelTrainer(SFTTrainer):
         self.config_settings = args.given_settings
         self.recorder = Recorder(str(args.output_dir)) if self.accelerator.is_main_process else None
         self._window: list[tuple[Tensor, ...]] = []
-        self._visits: list[tuple[list, ...]] = []  # of the same step: example_ids, answers, log-probabilities
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -244,18 +243,16 @@ class BilevelTrainer(SFTTrainer):
         excess_L = loss_B[:num_lower] - reference_L
         self._stop_if_not_finite(torch.cat([excess_L, loss_B[num_lower:]]), ids_L, upper_rows)
         weights_L = self.selector.weights(ids_L, excess_L)
+        answers_L, log_prob_L = torch.tensor(answers, dtype=torch.int64), (-loss_B * num_tokens_B)[:num_lower]
         if self.refiner:
-            log_probs = (-loss_B * num_tokens_B)[:num_lower].tolist()
-            coefficients_L = self.refiner.coefficients(example_ids, answers, log_probs)
+            coefficients_L = self.refiner.coefficients(example_ids, answers, log_prob_L.tolist())
             weights_L = weights_L * coefficients_L
-            for coefficient, answer in zip(coefficients_L.tolist(), answers, strict=True):
-                if answer >= 0:
-                    self._metrics["train"]["response_coefficient"].append(coefficient)
-            self._visits.append((example_ids, answers, log_probs))
+            if (answers_L >= 0).any():
+                self._metrics["train"]["response_coefficient"] += coefficients_L[answers_L >= 0].tolist()
         rho = self.current_rho()
         lower_share_L = self._share(num_tokens_B[:num_lower], level=0)
         coefficients_B = row_coefficients(weights_L, rho, lower_share_L, self._share(num_tokens_B[num_lower:], level=1))
-        self._window.append((ids_L, loss_B[:num_lower], excess_L))
+        self._window.append((ids_L, loss_B[:num_lower], excess_L, answers_L, log_prob_L))
         self._note_metrics(loss_B, excess_L, weights_L)
         self._total_train_tokens += int(num_tokens_B.sum()) * self.accelerator.num_processes
 
@@ -302,22 +299,18 @@ class BilevelTrainer(SFTTrainer):
         return loss
 
     def _commit_step(self) -> None:
-        """Hand the rows of the step, from all its micro-batches and ranks, to the selector."""
-        parts = (torch.cat(parts) for parts in zip(*self._from_all_ranks(self._window), strict=True))
-        ids, losses, excess = parts
+        """Hand the rows of the step, from all its micro-batches and ranks, to the selector and the refiner."""
+        window = [self._window]
+        if self.accelerator.num_processes > 1:
+            window = gather_object(window)
+        parts = (torch.cat(parts) for parts in zip(*(batch for rank in window for batch in rank), strict=True))
+        ids, losses, excess, answers, log_probs = parts
         self._window.clear()
         if len(ids):
             self.selector.update(ids, losses, excess)
         if self.refiner:
-            for visit in self._from_all_ranks(self._visits):
-                self.refiner.commit(*visit)
-            self._visits.clear()
+            self.refiner.commit(ids.tolist(), answers.tolist(), log_probs.tolist())
         self.reference.step(self.args.reference_learning_rate or self._get_learning_rate())
-
-    def _from_all_ranks(self, items: list) -> list:
-        if self.accelerator.num_processes == 1:
-            return items
-        return [item for rank in gather_object([items]) for item in rank]
 
     def _sum_over_ranks(self, tensor: Tensor) -> None:
         if self.accelerator.num_processes > 1:
@@ -415,21 +408,17 @@ class BilevelTrainer(SFTTrainer):
         Answers are put in here and not by the collator, which works ahead of the steps, in other processes at times: a
         batch would carry the answers of before the refresh, and a resumed run others than an uninterrupted one.
         """
-        if self.refiner and self.refiner.is_due(self.state.global_step):
-            self._refresh(self.refiner)
-        batch_samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.refiner and self.refiner.buffer.questions:
-            step = self.state.global_step
-            batch_samples = [self.refiner.rewrite(batch, step, device) for batch in batch_samples]
-            num_items = self._get_num_items_in_batch(batch_samples, device)
-        return batch_samples, num_items
+        step, refiner = self.state.global_step, self.refiner
+        if refiner:
+            if refiner.is_due(step):
+                self._refresh(refiner)
+            epoch_iterator = (refiner.rewrite(batch, step, device) for batch in epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _refresh(self, refiner: Refiner) -> None:
-        step, device = self.state.global_step, self.accelerator.device
+        step = self.state.global_step
         try:
-            # Dropout goes on as if there had been no refresh, which a resumed run may have behind it.
-            with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
-                records = refiner.refresh(step)
+            records = refiner.refresh(step)
         except GenerationError as error:
             if self.args.refine_on_error == "continue":
                 logger.warning(f"step {step}: no new answers, training goes on with those there are ({error})")
