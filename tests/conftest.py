@@ -135,7 +135,7 @@ def lora(**settings) -> LoraConfig:
 
 
 def weighted_step(reduction: str, accumulation: int) -> dict:
-    """Settings of a step over 6 training and 4 validation rows, by the weights of a column; the model stays as it is."""
+    """Settings of a step over 6 training and 4 validation rows, by a column of weights; the model stays as it is."""
     return {
         "selector": "column",
         "rho": 0.3,

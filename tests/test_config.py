@@ -53,7 +53,7 @@ def test_what_cannot_work_is_refused(tmp_path, settings, message):
 
 @pytest.mark.parametrize("settings", [{}, {"selector": "bmo"}, {"selector": "sigmoid"}, {"rho": 0.0}])
 def test_learning_selectors_need_a_validation_dataset(tmp_path, settings):
-    with pytest.raises(ValueError, match="needs trusted rows: give --validation_dataset"):
+    with pytest.raises(ValueError, match="needs validation rows: give --validation_dataset"):
         check(config(tmp_path, **settings), has_validation=False)
 
 

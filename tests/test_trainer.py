@@ -18,7 +18,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 from tamis import NonFiniteLossError
-from tamis.references import fused_forward
+from tamis.losses import fused_forward
 
 PLAIN_MIXING = {"selector": "none", "rho": 0.0}
 CHAT = [
@@ -130,7 +130,9 @@ def test_rho_goes_from_start_to_end(bilevel, tmp_path):
     ).train()
     lines = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     for line, rho in zip(lines, [1.0, 0.5, 0.0, 0.0], strict=True):
-        assert line["loss"] == pytest.approx(rho * line["upper_loss"] + (1 - rho) * line["lower_loss"], abs=1e-6)
+        assert line["loss"] == pytest.approx(
+            rho * line["validation_loss"] + (1 - rho) * line["training_loss"], abs=1e-6
+        )
 
 
 # --- batches and accumulation -----------------------------------------------------------------------------------------
@@ -153,15 +155,17 @@ def run_with(bilevel, batch_size: int, accumulation: int, num_rows: int = 16, **
 def test_batch_times_accumulation_is_all_that_counts(bilevel, settings):
     # With `tracked` the excess is the difference of two models: a softer rule keeps its rounding small.
     expected = run_with(bilevel, 8, 1, selector_learning_rate=0.5, **settings)
-    assert expected.state.global_step == 4 and expected.selector.table.score_N.std() > 0.05
+    assert expected.state.global_step == 4 and expected.weighting.row_weights.table.score_N.std() > 0.05
     for batch_size, accumulation in ((4, 2), (1, 8)):
         actual = run_with(bilevel, batch_size, accumulation, selector_learning_rate=0.5, **settings)
         assert actual.state.global_step == 4
         assert_close(parameters(actual.model), parameters(expected.model), atol=2e-6)
-        table, other = actual.selector.table, expected.selector.table
+        table, other = actual.weighting.row_weights.table, expected.weighting.row_weights.table
         torch.testing.assert_close(table.score_N, other.score_N, atol=1e-3, rtol=0)
-        torch.testing.assert_close(actual.selector.all_weights(), expected.selector.all_weights(), atol=1e-3, rtol=0)
-        assert torch.equal(actual.selector.num_updates_N, expected.selector.num_updates_N)
+        torch.testing.assert_close(
+            actual.weighting.row_weights.all_weights(), expected.weighting.row_weights.all_weights(), atol=1e-3, rtol=0
+        )
+        assert torch.equal(actual.weighting.row_weights.num_updates_N, expected.weighting.row_weights.num_updates_N)
 
 
 def test_a_last_window_with_fewer_rows_is_a_mean_all_the_same(bilevel):
@@ -176,7 +180,7 @@ def test_a_last_window_with_fewer_rows_is_a_mean_all_the_same(bilevel):
         max_grad_norm=0.0,
         callbacks=[recorder],
     )
-    ids = [i for batch in trainer.get_train_dataloader() for i in batch["example_ids"]]
+    ids = [i for batch in trainer.get_train_dataloader() for i in batch.training_ids]
     trainer.train()
     by_id = {row["example_id"]: row for row in trainer.train_dataset}
     for gradients, rows in zip(recorder.steps, (ids[:8], ids[8:]), strict=True):
@@ -187,7 +191,7 @@ def test_a_last_window_with_fewer_rows_is_a_mean_all_the_same(bilevel):
 @pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 1}, {"dataloader_drop_last": True}])
 def test_every_row_is_seen_once_an_epoch(bilevel, settings):
     trainer = run_with(bilevel, 4, 1, num_rows=10, scout_ratio=0.0, num_train_epochs=3.0, **settings)
-    num_seen = trainer.selector.num_updates_N
+    num_seen = trainer.weighting.row_weights.num_updates_N
     assert num_seen.sum() == (24 if settings.get("dataloader_drop_last") else 30)
     assert num_seen.max() == 3 and trainer.state.epoch == 3
     assert trainer.num_examples(trainer.callback_handler.train_dataloader) == 10
@@ -248,14 +252,16 @@ def test_tracked_does_not_touch_the_trained_model(bilevel, is_lora):
             **{"optim": "sgd", "learning_rate": 0.2, "max_steps": 5} | settings,
         )
         before = parameters(trainer.model)
-        tracked_before = [p.detach().clone() for p in getattr(trainer.reference, "parameters", [])]
+        tracked_before = [p.detach().clone() for p in getattr(trainer.weighting.reference, "parameters", [])]
         trainer.train()
         finals.append({n: p for n, p in parameters(trainer.model).items() if "tamis_tracked" not in n})
     assert_close(finals[1], finals[0], atol=2e-6)
     assert any((finals[1][n] - before[n]).abs().max() > 1e-3 for n in finals[1])
-    moved = [(p - q).abs().max().item() for p, q in zip(trainer.reference.parameters, tracked_before, strict=True)]
+    moved = [
+        (p - q).abs().max().item() for p, q in zip(trainer.weighting.reference.parameters, tracked_before, strict=True)
+    ]
     assert min(moved) > 0, "its own adapter follows the training rows"
-    assert all(p.grad is None for p in trainer.reference.parameters)
+    assert all(p.grad is None for p in trainer.weighting.reference.parameters)
 
 
 def test_only_the_trained_adapter_is_saved(bilevel, tmp_path):
@@ -292,7 +298,7 @@ def test_prompts_that_fill_max_length_are_dropped_and_named(bilevel, caplog):
         trainer = bilevel(train, pairs(4, 95), max_length=20, max_steps=2)
     assert "train_dataset: 1 of 6 rows dropped" in caplog.text and "first: train_dataset, row 3" in caplog.text
     trainer.train()
-    assert trainer.selector.num_updates_N[3] == 0 and 3 not in trainer.train_dataset["example_id"]
+    assert trainer.weighting.row_weights.num_updates_N[3] == 0 and 3 not in trainer.train_dataset["example_id"]
     with pytest.raises(ValueError, match=r"train_dataset: all 1 rows .* Raise --max_length"):
         bilevel([train[3]], pairs(4, 95), max_length=20)
     with pytest.raises(ValueError, match=r"validation_dataset: all 1 rows .* Raise --max_length"):
@@ -314,9 +320,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monk
         ), outputs
 
     monkeypatch.setattr("tamis.trainer.fused_forward", poisoned)
-    ids = []
-    collate = trainer.data_collator
-    trainer.data_collator = lambda rows: ids.append([row["example_id"] for row in rows]) or collate(rows)
+    ids, collate = [], trainer.batches.collate
+    trainer.batches.collate = lambda batches: ids.append(batches[0].training_ids) or collate(batches)
     with pytest.raises(NonFiniteLossError, match="step 3: the loss is not finite on train_dataset, row") as caught:
         trainer.train()
     # Two steps make an epoch: the third is the first of the next one.
@@ -339,7 +344,7 @@ def test_a_model_with_nan_names_its_rows(bilevel):
 
 def test_a_reference_that_is_not_finite_does_not_reach_the_model(bilevel):
     trainer = bilevel(pairs(8), pairs(4, 95), max_steps=2, reference="tracked")
-    for parameter in trainer.reference.parameters:
+    for parameter in trainer.weighting.reference.parameters:
         parameter.data.fill_(float("nan"))
     before = parameters(trainer.model)
     with pytest.raises(NonFiniteLossError):

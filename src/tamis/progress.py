@@ -4,8 +4,8 @@ from transformers import PrinterCallback, Trainer
 from transformers import ProgressCallback as _ProgressCallback
 
 _SHOWN = {
-    "upper_loss": "upper",
-    "lower_loss": "lower",
+    "training_loss": "training",
+    "validation_loss": "validation",
     "penalty_gap": "gap",
     "ess_ratio": "ESS/N",
     "eval_loss": "eval",

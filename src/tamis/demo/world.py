@@ -19,9 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig
 
-from tamis.compare import Task
-from tamis.recorder import write_atomically
-from tamis.scout import PlainTrainer
+from tamis.compare.task import Task
+from tamis.files import write_atomically
+from tamis.selection.scout import PlainTrainer
 
 WORLD_VERSION = 2
 LETTERS = string.ascii_lowercase[:12]

@@ -1,8 +1,8 @@
-"""Scouting: judge every training row before the model is trained on any of them.
+"""Scouting: score every training row before the model is trained on any of them.
 
 A model that has been trained on a row knows it by heart, right or wrong: its loss no longer says whether the row agrees
 with the trusted ones. So a scout comes first. The model descends the validation loss alone, gently; each training row
-is then judged by how far its loss has fallen or risen against the model before; and the model goes back to where it
+is then scored by how far its loss has fallen or risen against the model before; and the model goes back to where it
 began. The scores are settled before training starts, at the price of a few steps on validation rows and one or two
 forward passes over the training rows (docs/method.md; figures in LOG.md).
 
@@ -18,18 +18,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from tamis.files import write_atomically
+from tamis.losses import row_losses
 from tamis.progress import ProgressCallback, use_progress
-from tamis.recorder import write_atomically
-from tamis.references import evaluation_mode, fused_losses
 
 logger = logging.getLogger(__name__)
 
@@ -72,32 +69,6 @@ def descend_validation_loss(
     trainer.train_with_bar("scouting")
 
 
-def row_losses(
-    model: nn.Module, dataset: Dataset, collator: Callable, accelerator: Accelerator, *, batch_size: int, title: str
-) -> Tensor:
-    """Token-mean losses (float32, on the CPU) of all rows of a prepared dataset, in its order.
-
-    The ranks share the work. ``title`` names the progress bar; there is none when it is empty.
-    In evaluation mode, longest rows first: padding is least so, and a lack of memory shows at once.
-    """
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))
-    mine = order[accelerator.process_index :: accelerator.num_processes]
-    rows = dataset.select_columns(["input_ids", "labels"]).select(mine)
-    losses: list[float] = []
-    # A generator of its own: a loader draws from the global one, and dropout goes on as if nothing had been measured.
-    batches = DataLoader(rows, batch_size, collate_fn=collator, generator=torch.Generator())
-    with evaluation_mode(model):
-        for batch in tqdm(batches, title, disable=not (title and accelerator.is_main_process)):
-            inputs = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            with torch.no_grad(), accelerator.autocast():
-                losses += fused_losses(model, inputs).float().tolist()
-    loss_N = torch.empty(len(dataset))
-    for indices, values in gather_object([(mine, losses)]):
-        loss_N[torch.tensor(indices, dtype=torch.int64)] = torch.tensor(values)
-    return loss_N
-
-
 Parameters = dict[str, Tensor]
 
 
@@ -125,7 +96,7 @@ def put(model: nn.Module, parameters: Parameters) -> None:
 
 
 class Scout:
-    """The model after a gentle descent of the validation loss alone, called back whenever there are rows to judge.
+    """The model after a gentle descent of the validation loss alone, called back whenever there are rows to score.
 
     Its trainable parameters (with LoRA the adapter alone) are kept on the CPU, none on the accelerator.
 
@@ -133,7 +104,7 @@ class Scout:
         model: as it is before training.
         args, collator, accelerator, processing_class: those of its trainer.
         reference: ``base`` (the model as it is now) or ``zero``.
-        keep_base: keep the base model's parameters too, so that rows can be judged after training has begun.
+        keep_base: keep the base model's parameters too, so that rows can be scored after training has begun.
     """
 
     def __init__(
@@ -199,7 +170,7 @@ class Scout:
             ValueError: the file is not there, or is that of another model.
         """
         if not path.is_file():
-            raise ValueError(f"{path} is missing: without the scout new answers cannot be judged; start the run anew")
+            raise ValueError(f"{path} is missing: without the scout new responses cannot be scored; start the run anew")
         self.parameters = load_file(path)
         if self.parameters.keys() != {name for name, p in self.model.named_parameters() if p.requires_grad}:
             raise ValueError(f"{path} belongs to another model: start the run anew")

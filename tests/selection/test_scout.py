@@ -1,11 +1,11 @@
-"""Scouting judges every row and leaves the model as it was."""
+"""Scouting scores every row and leaves the model as it was."""
 
 import pytest
 import torch
 from conftest import assert_close, lora, pairs, parameters, plain_loss
 from trl import SFTConfig
 
-from tamis.scout import Scout, put_back, row_losses
+from tamis.selection.scout import Scout, put_back, row_losses
 
 RIGHT = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(12)]
 WRONG = [{"prompt": f"{i}=", "completion": "b" * (1 + i % 3)} for i in range(12)]
@@ -23,7 +23,7 @@ def scout_of(trainer, reference="base") -> Scout:
     )
 
 
-def judge(trainer, *, reference="base", num_steps=3, learning_rate=1e-2, batch_size=4):
+def score(trainer, *, reference="base", num_steps=3, learning_rate=1e-2, batch_size=4):
     scout = scout_of(trainer, reference)
     scout.descend(trainer.validation_dataset, num_steps=num_steps, learning_rate=learning_rate, batch_size=batch_size)
     return scout.losses(trainer.train_dataset), scout.reference_losses(trainer.train_dataset)
@@ -41,7 +41,7 @@ def test_the_model_is_put_back_bit_for_bit(bilevel, is_lora, settings):
     trainer = bilevel(RIGHT + WRONG, TRUSTED, peft_config=lora() if is_lora else None, **settings)
     before = parameters(trainer.model)
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    loss_N, reference_N = judge(trainer)
+    loss_N, reference_N = score(trainer)
     assert_close(parameters(trainer.model), before, atol=0)
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == trained
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -65,15 +65,15 @@ def test_losses_are_those_of_the_rows_in_their_order(bilevel):
     measured = row_losses(trainer.model, dataset, trainer.data_collator, trainer.accelerator, batch_size=4, title="")
     torch.testing.assert_close(measured, losses_one_by_one(trainer), atol=1e-6, rtol=0)
     assert trainer.model.training
-    _, reference_N = judge(trainer, num_steps=1)
+    _, reference_N = score(trainer, num_steps=1)
     torch.testing.assert_close(reference_N, measured)
-    assert judge(trainer, reference="zero", num_steps=1)[1].tolist() == [0] * len(dataset)
+    assert score(trainer, reference="zero", num_steps=1)[1].tolist() == [0] * len(dataset)
 
 
-def test_judged_after_the_descent_of_the_validation_loss(bilevel):
+def test_measured_after_the_descent_of_the_validation_loss(bilevel):
     """What the scout measures is what plain training on the validation rows, with the same settings, would give."""
     trainer = bilevel(RIGHT + WRONG, TRUSTED, optim="sgd")
-    loss_N, reference_N = judge(trainer, num_steps=2, learning_rate=0.05, batch_size=6)
+    loss_N, reference_N = score(trainer, num_steps=2, learning_rate=0.05, batch_size=6)
     alone = bilevel(
         TRUSTED,
         selector="none",
@@ -98,21 +98,21 @@ def test_wrong_rows_end_below_right_ones(bilevel, reference):
         WRONG + RIGHT, TRUSTED, reference=reference, max_steps=8, scout_learning_rate=1e-2, scout_ratio=0.5
     )
     trainer.train()
-    scores = trainer.selector.table.score_N
+    scores = trainer.weighting.row_weights.table.score_N
     assert scores[:12].max() < scores[12:].min()
-    weights = trainer.selector.all_weights()
+    weights = trainer.weighting.row_weights.all_weights()
     assert weights[:12].max() < 0.5 < 1 < weights[12:].min()
-    assert trainer.selector.is_settled
+    assert trainer.weighting.row_weights.is_settled
 
 
 def test_scores_do_not_move_while_training(bilevel):
     trainer = bilevel(WRONG + RIGHT, TRUSTED, max_steps=6, learning_rate=1e-2)
-    judged = []
-    commit = trainer._commit_step
-    trainer._commit_step = lambda: (judged.append(trainer.selector.table.score_N.clone()), commit())
+    row_weights, scores = trainer.weighting.row_weights, []
+    commit = trainer.weighting.commit
+    trainer.weighting.commit = lambda rate: scores.append(row_weights.all_scores()) or commit(rate)
     trainer.train()
-    assert len(judged) == 6 and judged[0].std() > 0.1
-    assert torch.equal(trainer.selector.table.score_N, judged[0])
+    assert len(scores) == 6 and scores[0].std() > 0.1
+    assert torch.equal(row_weights.all_scores(), scores[0])
 
 
 @pytest.mark.parametrize("is_lora", [False, True])
@@ -126,7 +126,7 @@ def test_a_scout_that_goes_nowhere_leaves_no_trace(bilevel, is_lora):
     scouted.train()
     mixed = bilevel(RIGHT + WRONG, TRUSTED, pairs(5), selector="none", peft_config=peft_config(), **settings)
     mixed.train()
-    assert torch.equal(scouted.selector.all_weights(), torch.ones(24))
+    assert torch.equal(scouted.weighting.row_weights.all_weights(), torch.ones(24))
     assert_close(parameters(scouted.model), parameters(mixed.model), atol=0)
     names = ("eval_loss", "eval_exact_match", "loss", "grad_norm", "learning_rate")
     for a, b in zip(scouted.state.log_history, mixed.state.log_history, strict=True):
@@ -148,11 +148,13 @@ def test_scouting_alone_is_reason_enough_for_validation_rows(bilevel):
     """rho 0: the trusted rows choose, but are not trained on."""
     trainer = bilevel(WRONG + RIGHT, TRUSTED, rho=0.0, max_steps=4, scout_learning_rate=1e-2)
     trainer.train()
-    assert trainer.selector.table.score_N[:12].max() < trainer.selector.table.score_N[12:].min()
+    assert (
+        trainer.weighting.row_weights.table.score_N[:12].max() < trainer.weighting.row_weights.table.score_N[12:].min()
+    )
 
 
 def test_settings_of_the_run_are_left_as_they_are(bilevel):
     trainer = bilevel(RIGHT + WRONG, TRUSTED, eval_strategy="no", save_strategy="steps", save_steps=100)
     before = dict(vars(trainer.args))
-    judge(trainer, num_steps=1)
+    score(trainer, num_steps=1)
     assert isinstance(trainer.args, SFTConfig) and dict(vars(trainer.args)) == before
