@@ -17,8 +17,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig
 
+from tamis.demo.world import PlainTrainer
 from tamis.files import write_atomically
-from tamis.selection.scout import PlainTrainer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

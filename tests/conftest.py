@@ -80,6 +80,9 @@ def bilevel(model_dir, tmp_path):
     """Make a `BilevelTrainer` on the tiny model; ``output_dir`` is a folder of the test's own unless given."""
 
     def make(train, validation=None, evaluation=None, *, model=None, peft_config=None, callbacks=None, **settings):
+        given = {name: settings.pop(name) for name in ("processing_class",) if name in settings}
+        if not isinstance(settings.get("selector", ""), str):
+            given["selector"] = settings.pop("selector")
         args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | settings)
         return BilevelTrainer(
             model or model_dir,
@@ -89,6 +92,7 @@ def bilevel(model_dir, tmp_path):
             eval_dataset=None if evaluation is None else Dataset.from_list(evaluation),
             peft_config=peft_config,
             callbacks=callbacks,
+            **given,
         )
 
     return make

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from tamis.losses import Collate
-from tamis.randomness import permutation
+from tamis.randomness import EndlessPermutations, permutation
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ class BilevelBatchSampler(Sampler[list[int]]):
         self.validation_batch_size = validation_batch_size if num_validation else 0
         self.seed, self.epoch = seed, epoch
         self.rank, self.num_ranks = rank, num_ranks
+        self._order = EndlessPermutations(num_validation, seed)
         self.drop_last = drop_last
 
     def __len__(self) -> int:
@@ -172,13 +173,7 @@ class BilevelBatchSampler(Sampler[list[int]]):
     def _validation_places(self, global_step: int) -> list[int]:
         """Rows of the endless sequence of permutations of the validation dataset that this rank takes in this step."""
         first = (global_step * self.num_ranks + self.rank) * self.validation_batch_size
-        places = []
-        for position in range(first, first + self.validation_batch_size):
-            cycle, place = divmod(position, self.num_validation)
-            if cycle != getattr(self, "_cycle", None):
-                self._cycle, self._order = cycle, permutation(self.num_validation, self.seed, cycle, level=1).tolist()
-            places.append(self.num_training + self._order[place])
-        return places
+        return [self.num_training + place for place in self._order.places(first, self.validation_batch_size)]
 
 
 def make_stream(

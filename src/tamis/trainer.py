@@ -115,8 +115,7 @@ class BilevelTrainer(SFTTrainer):
         if self._validation_rows is not None:
             self.validation_dataset = self._prepare_validation_dataset(self._validation_rows)
         rows = PreparedRows(self.train_dataset)
-        validation = self.validation_dataset if args.trains_on_validation else None
-        validation_rows = None if validation is None else PreparedRows(validation)
+        validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
         self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
         # What `config.yaml` gets: the command line adds the model and the files, see `tamis.run`.
         self.config_settings = args.given_settings
@@ -131,8 +130,7 @@ class BilevelTrainer(SFTTrainer):
             train_rows=self._train_rows,
             train_dataset=self.train_dataset,
             validation_dataset=self.validation_dataset,
-            rows=rows,
-            collate=self.data_collator,
+            batches=self.batches,
             recorder=self.recorder,
         )
         self.weighting.plan(self._num_steps())
@@ -160,7 +158,7 @@ class BilevelTrainer(SFTTrainer):
         """The stream of ids of the rows of each micro-batch; `get_batch_samples` turns them into tensors."""
         return make_stream(
             self.batches.training,
-            self.batches.validation,
+            self.batches.validation if self.args.trains_on_validation else None,
             self.args,
             training_batch_size=self._train_batch_size,
             validation_batch_size=self.resolved.per_device_validation_batch_size,
@@ -260,12 +258,16 @@ class BilevelTrainer(SFTTrainer):
         if self.recorder:
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, announcements))
             self.recorder.rewind(checkpoint_step(resume) if resume else 0)
-        self.weighting.begin(self._num_steps(), resume)
-        if not resume:
-            self._write_weights()
         output = super().train(resume, trial, ignore_keys_for_eval)
         self._write_weights()
         return output
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.weighting.begin(prepared[0], max_steps, resume_from_checkpoint)
+        if not resume_from_checkpoint:
+            self._write_weights()
+        return prepared
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log also the share of the validation loss and how the weights stand; append to `metrics.jsonl`."""

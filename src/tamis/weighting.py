@@ -23,21 +23,21 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from tamis.bilevel import penalty_gap
 from tamis.config import BilevelConfig, Resolved
 from tamis.data import row_name
-from tamis.losses import Collate, row_losses, stop_if_not_finite
+from tamis.losses import row_losses, stop_if_not_finite
 from tamis.recorder import Recorder
 from tamis.refining.generation import GenerationError, check_installed, make_generator
 from tamis.refining.refiner import Refiner, RefineSettings
 from tamis.refining.responses import ResponseBuffer
 from tamis.selection.references import ZeroReference, make_reference
 from tamis.selection.row_weights import RowWeights, SelectorWeights, make_row_weights
-from tamis.selection.scout import SCOUT_FILE, Scout
+from tamis.selection.scout import SCOUT_FILE, Evidence, Scout, ScoutSettings
 from tamis.selection.selectors import Selector, check_selector
-from tamis.stream import BatchRows, MicroBatch, PreparedRows
+from tamis.stream import Batches, BatchRows, MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ class RowWeighting:
         model: to be trained, before its first step.
         train_rows: the N training rows as they were given.
         train_dataset, validation_dataset: the prepared ones.
-        rows: the prepared training rows by id.
-        collate: rows to a batch.
+        batches: of the trainer: the prepared rows by id, and what makes tensors of them.
         recorder: of the main process, for generated responses; None elsewhere.
 
     Raises:
@@ -83,12 +82,11 @@ class RowWeighting:
         train_rows: Dataset,
         train_dataset: Dataset,
         validation_dataset: Dataset | None,
-        rows: PreparedRows,
-        collate: Collate,
+        batches: Batches,
         recorder: Recorder | None,
     ):
         self.args, self.resolved = args, resolved
-        self.model, self.accelerator, self.collate = model, accelerator, collate
+        self.model, self.accelerator, self.batches = model, accelerator, batches
         self.processing_class, self.recorder = processing_class, recorder
         self.train_rows, self.train_dataset, self.validation_dataset = train_rows, train_dataset, validation_dataset
         is_sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
@@ -106,7 +104,7 @@ class RowWeighting:
             weight_N=torch.tensor(train_rows["weight"]) if selector is None and args.selector == "column" else None,
         )
         self.is_kept_N = torch.zeros(len(train_rows), dtype=torch.bool)
-        self.is_kept_N[rows.ids] = True
+        self.is_kept_N[batches.training.ids] = True
         self.row_weights.exclude((~self.is_kept_N).nonzero().squeeze(1))
         self.reference = ZeroReference()
         if self.row_weights.uses_excess:
@@ -118,7 +116,8 @@ class RowWeighting:
                 reduce_gradient=self._sum_over_ranks,
             )
         self.scout = self._make_scout()
-        self.refiner = self._make_refiner(rows) if args.refine_fraction else None
+        self.refiner = self._make_refiner() if args.refine_fraction else None
+        self.evidence: Evidence | None = None  # of the scout, once there has been one
         self._step = 0
         self._window: list[tuple[Tensor, ...]] = []
         self._refresh_metrics: dict[str, float] = {}
@@ -130,20 +129,20 @@ class RowWeighting:
             return None
         return Scout(
             self.model,
-            self.args,
-            self.collate,
-            self.accelerator,
-            self.processing_class,
+            self.batches,
             self.args.reference,
-            keep_base=bool(self.args.refine_fraction),
+            batch_size=2 * self.args.per_device_train_batch_size,  # no gradients are kept: twice the rows fit
+            keep=bool(self.args.refine_fraction),
+            show_progress=not self.args.disable_tqdm,
         )
 
-    def _make_refiner(self, rows: PreparedRows) -> Refiner:
+    def _make_refiner(self) -> Refiner:
         args, batch_size = self.args, self.resolved.generation_batch_size
 
         def losses(responses: Dataset) -> Tensor:
             title = "" if args.disable_tqdm else "log-probabilities"
-            return row_losses(self.model, responses, self.collate, self.accelerator, batch_size=batch_size, title=title)
+            collate = self.batches.collate_rows
+            return row_losses(self.model, responses, collate, self.accelerator, batch_size=batch_size, title=title)
 
         return Refiner(
             RefineSettings(
@@ -163,7 +162,7 @@ class RowWeighting:
                 seed=args.seed,
             ),
             make_generator(self.model, self.accelerator, self.processing_class, args, batch_size),
-            rows=rows,
+            rows=self.batches.training,
             row_weights=self.row_weights,
             scout=self.scout,
             losses=losses,
@@ -189,10 +188,11 @@ class RowWeighting:
         if self.refiner:
             self.refiner.plan(max_steps)
 
-    def begin(self, max_steps: int, resume: str | None) -> None:
+    def begin(self, model: nn.Module, max_steps: int, resume: str | None) -> None:
         """Score all training rows before the first step, where the settings ask for it.
 
         Args:
+            model: as accelerate prepared it.
             max_steps: optimizer steps of the run.
             resume: the checkpoint that the run goes on from; its state is loaded by `load_state_dict`.
 
@@ -202,7 +202,7 @@ class RowWeighting:
         self.plan(max_steps)
         if self.scout and self.resolved.scout_ratio:
             if resume is None:
-                self._score_rows(self.scout, max_steps)
+                self._score_rows(self.scout, model, max_steps)
             elif self.refiner:
                 folders = Path(str(self.args.output_dir)), Path(resume).parent
                 folder = next((f for f in folders if (f / SCOUT_FILE).is_file()), folders[0])
@@ -210,27 +210,39 @@ class RowWeighting:
         if not self.refiner:
             self.scout = None  # no more rows to score: its parameters need not be kept
 
-    def _score_rows(self, scout: Scout, max_steps: int) -> None:
+    def _score_rows(self, scout: Scout, model: nn.Module, max_steps: int) -> None:
         """Scout, and settle the scores: see `tamis.selection.scout`."""
         assert isinstance(self.row_weights, SelectorWeights) and self.validation_dataset is not None
-        num_steps = max(1, int(self.resolved.scout_ratio * max_steps))
-        logger.info(f"scouting: {num_steps} steps on the validation rows, then all training rows are scored")
-        reference_R = scout.reference_losses(self.train_dataset, "rows before scouting")
-        scout.descend(
-            self.validation_dataset,
-            num_steps=num_steps,
-            learning_rate=self.resolved.scout_learning_rate,
-            batch_size=self.resolved.per_device_validation_batch_size,
+        args, resolved = self.args, self.resolved
+        settings = ScoutSettings(
+            num_steps=max(1, int(resolved.scout_ratio * max_steps)),
+            learning_rate=resolved.scout_learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            epsilon=args.adam_epsilon,
+            max_grad_norm=args.max_grad_norm,
+            batch_size=resolved.per_device_validation_batch_size,
+            num_micro_batches=args.gradient_accumulation_steps,
+            seed=args.seed,
         )
-        loss_R = scout.losses(self.train_dataset, "rows after scouting")
-        ids_R = torch.tensor(self.train_dataset["example_id"])
+        logger.info(f"scouting: {settings.num_steps} steps on the validation rows, then all training rows are scored")
+        loss_R, reference_R = scout.score(model, self.validation_dataset, self.train_dataset, settings)
+        ids_R = torch.tensor(self.train_dataset["example_id"][:])
         stop_if_not_finite(loss_R - reference_R, lambda k: self._row_name(int(ids_R[k])), step=0)
-        self.row_weights.score_rows(ids_R, loss_R, loss_R - reference_R)
+        self.evidence = scout.evidence
+        fall = f"{scout.evidence.fall:.4f} +- {scout.evidence.error:.4f} nats per token"
+        if scout.is_believed:
+            logger.info(f"the loss of the scout fell by {fall} on validation rows that it had not seen")
+            self.row_weights.score_rows(ids_R, loss_R, loss_R - reference_R)
+        else:
+            logger.warning(
+                f"the loss of the scout fell by {fall} on validation rows that it had not seen: not beyond the error, "
+                "so it is not believed and all weights stay at one. Give more validation rows, or change "
+                "--scout_learning_rate or --scout_ratio"
+            )
+            self.row_weights.settle(ids_R, loss_R)
         self.reference.remember(ids_R, reference_R)
         if self.refiner and self.recorder:
             scout.save(self.recorder.output_dir / SCOUT_FILE)
-        # Scouting has drawn from the global generators; the steps that follow are those of a run of their own.
-        set_seed(self.args.seed)
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 

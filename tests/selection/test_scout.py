@@ -1,32 +1,42 @@
 """Scouting scores every row and leaves the model as it was."""
 
+import logging
+
 import pytest
 import torch
-from conftest import assert_close, lora, pairs, parameters, plain_loss
-from trl import SFTConfig
+from conftest import assert_close, lora, pairs, parameters, plain_loss, tiny_model, tiny_tokenizer
 
-from tamis.selection.scout import Scout, put_back, row_losses
+from tamis.losses import row_losses
+from tamis.randomness import permutation
+from tamis.selection.scout import Scout, ScoutSettings, descend, exchanged, put_back, trainable_parameters
 
 RIGHT = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(12)]
 WRONG = [{"prompt": f"{i}=", "completion": "b" * (1 + i % 3)} for i in range(12)]
 TRUSTED = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(20, 26)]
 
 
-def scout_of(trainer, reference="base") -> Scout:
-    return Scout(
-        trainer.model,
-        trainer.args,
-        trainer.data_collator,
-        trainer.accelerator,
-        trainer.processing_class,
-        reference,
-    )
+def scout_of(trainer, reference="base", keep=False) -> Scout:
+    return Scout(trainer.model, trainer.batches, reference, batch_size=8, keep=keep, show_progress=False)
 
 
-def score(trainer, *, reference="base", num_steps=3, learning_rate=1e-2, batch_size=4):
-    scout = scout_of(trainer, reference)
-    scout.descend(trainer.validation_dataset, num_steps=num_steps, learning_rate=learning_rate, batch_size=batch_size)
-    return scout.losses(trainer.train_dataset), scout.reference_losses(trainer.train_dataset)
+def settings_of(trainer, **settings) -> ScoutSettings:
+    defaults = {
+        "num_steps": 3,
+        "learning_rate": 1e-2,
+        "betas": (0.9, 0.999),
+        "epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "batch_size": 4,
+        "num_micro_batches": trainer.args.gradient_accumulation_steps,
+        "seed": 0,
+    }
+    return ScoutSettings(**defaults | settings)
+
+
+def score(trainer, *, reference="base", **settings):
+    """Losses of the training rows by a scout, and by the reference."""
+    scout, settings = scout_of(trainer, reference), settings_of(trainer, **settings)
+    return scout.score(trainer.model, trainer.validation_dataset, trainer.train_dataset, settings)
 
 
 def losses_one_by_one(trainer) -> torch.Tensor:
@@ -70,26 +80,158 @@ def test_losses_are_those_of_the_rows_in_their_order(bilevel):
     assert score(trainer, reference="zero", num_steps=1)[1].tolist() == [0] * len(dataset)
 
 
-def test_measured_after_the_descent_of_the_validation_loss(bilevel):
-    """What the scout measures is what plain training on the validation rows, with the same settings, would give."""
-    trainer = bilevel(RIGHT + WRONG, TRUSTED, optim="sgd")
-    loss_N, reference_N = score(trainer, num_steps=2, learning_rate=0.05, batch_size=6)
+@pytest.mark.parametrize("reduction", ["example", "token"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_descent_is_plain_training_on_the_validation_rows(bilevel, reduction, accumulation):
+    trainer = bilevel(RIGHT + WRONG, TRUSTED, loss_reduction=reduction, gradient_accumulation_steps=accumulation)
+    loss_N, reference_N = score(trainer, num_steps=2, batch_size=6 // accumulation)
     alone = bilevel(
         TRUSTED,
         selector="none",
         rho=0.0,
-        loss_reduction="token",
-        optim="sgd",
+        loss_reduction=reduction,
+        optim="adamw_torch",
         max_steps=2,
-        learning_rate=0.05,
+        learning_rate=1e-2,
         lr_scheduler_type="constant",
         per_device_train_batch_size=6,
     )
     alone.train()
     rows = trainer.train_dataset
     expected = torch.stack([plain_loss(alone.model, row["input_ids"], row["labels"]) for row in rows]).detach()
-    torch.testing.assert_close(loss_N, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss_N, expected, atol=1e-4, rtol=0)
     assert (reference_N - loss_N)[:12].min() > 0.1
+
+
+def test_the_scout_takes_the_loss_reduction_of_the_run(bilevel):
+    losses = [score(bilevel(RIGHT, TRUSTED, loss_reduction=name))[0] for name in ("example", "token")]
+    assert (losses[0] - losses[1]).abs().max() > 1e-3
+
+
+def test_a_cloned_chat_template_stays_as_it_is(bilevel, model_dir, tmp_path):
+    """TRL clones the template with every `SFTTrainer` that is made: a second one made the base embedding trainable."""
+    other = tiny_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    other.save_pretrained(tmp_path / "template")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        for row in RIGHT + TRUSTED
+    ]
+    trainer = bilevel(
+        rows[:12],
+        rows[12:],
+        peft_config=lora(modules_to_save=["lm_head"]),
+        chat_template_path=str(tmp_path / "template"),
+        max_steps=4,
+        scout_ratio=1.0,
+        scout_learning_rate=1e-2,
+    )
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    before = parameters(trainer.model)
+    trainer.train()
+    assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == trained
+    moved = {name for name, p in parameters(trainer.model).items() if not torch.equal(p, before[name])}
+    assert moved and moved <= trained
+
+
+@pytest.mark.parametrize("rate", [2e-5, 2e-6])
+def test_a_scout_in_bf16_goes_where_one_in_float32_goes(bilevel, model_dir, rate):
+    """A gentle step is below the rounding of bf16: it is taken in float32."""
+    scouts = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(tiny_tokenizer()).to(torch.bfloat16).to(dtype)  # the same numbers in both
+        trainer = bilevel(RIGHT + WRONG, TRUSTED, model=model, processing_class=tiny_tokenizer())
+        before = trainable_parameters(trainer.model)
+        scout = scout_of(trainer, keep=True)
+        scout.score(
+            trainer.model,
+            trainer.validation_dataset,
+            trainer.train_dataset,
+            settings_of(trainer, num_steps=40, learning_rate=rate, batch_size=6),
+        )
+        scouts.append(torch.cat([(scout.parameters[n].float() - before[n].float()).flatten() for n in before]))
+        assert_close(trainable_parameters(trainer.model), before, atol=0)
+    expected, actual = scouts
+    similarity = torch.nn.functional.cosine_similarity(expected, actual, dim=0).item()
+    assert similarity > 0.5 and actual.norm() > 0.5 * expected.norm()
+
+
+def test_a_scout_that_learns_nothing_of_unseen_rows_is_not_believed(bilevel, caplog):
+    """Validation rows that have nothing in common: what is learned of one half says nothing of the other."""
+    noise = [{"prompt": f"{i}=", "completion": "qwertyuiopasdfghjklzxcvb"[3 * (i % 8) :][:3]} for i in range(8)]
+    trainer = bilevel(WRONG + RIGHT, noise, max_steps=40, scout_ratio=1.0, scout_learning_rate=3e-2)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    evidence = trainer.weighting.evidence
+    assert evidence.fall <= evidence.error and "not believed and all weights stay at one" in caplog.text
+    assert trainer.weighting.row_weights.is_settled
+    assert trainer.weighting.row_weights.all_weights().tolist() == [1.0] * 24
+
+
+def test_a_scout_that_learns_is_believed(bilevel, caplog):
+    trainer = bilevel(WRONG + RIGHT, TRUSTED, max_steps=8, scout_ratio=1.0, scout_learning_rate=1e-2)
+    trainer.train()
+    evidence = trainer.weighting.evidence
+    assert evidence.fall > 2 * evidence.error > 0 and "not believed" not in caplog.text
+
+
+def test_the_evidence_is_measured_on_rows_that_were_not_seen(bilevel):
+    """By hand: train on one half, measure the other, both ways."""
+    trainer = bilevel(RIGHT, TRUSTED)
+    scout, settings = scout_of(trainer), settings_of(trainer, num_steps=4, batch_size=3)
+    scout.score(trainer.model, trainer.validation_dataset, trainer.train_dataset, settings)
+    ids_V, falls = torch.tensor(trainer.validation_dataset["example_id"]), {}
+    rows = {row["example_id"]: row for row in trainer.validation_dataset}
+    halves = permutation(6, settings.seed, epoch=0, level=1).tensor_split(2)
+    for seen, unseen in (halves, halves[::-1]):
+        assert not set(seen.tolist()) & set(unseen.tolist())
+        for sign in (1, -1):
+            with put_back(trainer.model):
+                if sign < 0:
+                    descend(trainer.model, trainer.batches, ids_V[seen], settings, num_steps=2, title="")
+                trainer.model.eval()
+                for i in ids_V[unseen].tolist():
+                    loss = plain_loss(trainer.model, rows[i]["input_ids"], rows[i]["labels"]).item()
+                    falls[i] = falls.get(i, 0.0) + sign * loss
+    fall_V = torch.tensor(list(falls.values()))
+    assert scout.evidence.fall == pytest.approx(fall_V.mean().item(), abs=1e-5)
+    assert scout.evidence.error == pytest.approx(fall_V.std().item() / 6**0.5, abs=1e-5)
+
+
+def test_two_copies_at_most(bilevel, monkeypatch):
+    """Of the trainable parameters, on the CPU; exchanged with the model's where rows are scored along the run."""
+    trainer = bilevel(RIGHT, TRUSTED)
+    scout = scout_of(trainer, keep=True)
+    copies = []
+    monkeypatch.setattr(
+        "tamis.selection.scout.trainable_parameters", lambda m: copies.append(1) or trainable_parameters(m)
+    )
+    scout.score(trainer.model, trainer.validation_dataset, trainer.train_dataset, settings_of(trainer))
+    assert len(copies) == 1, "beside the one that was made with the scout"
+    losses = scout.losses(trainer.train_dataset)
+    before = parameters(trainer.model)
+    for parameter in trainer.model.parameters():
+        parameter.data.add_(0.1)
+    moved = parameters(trainer.model)
+    torch.testing.assert_close(scout.losses(trainer.train_dataset), losses, atol=0, rtol=0)
+    reference = scout.reference_losses(trainer.train_dataset)
+    assert_close(parameters(trainer.model), moved, atol=0)
+    for name, parameter in trainer.model.named_parameters():
+        parameter.data.copy_(before[name])
+    torch.testing.assert_close(scout.reference_losses(trainer.train_dataset), reference, atol=0, rtol=0)
+    assert len(copies) == 1
+
+
+def test_exchanged_comes_back_after_an_error():
+    model = torch.nn.Linear(2, 2)
+    before, other = parameters(model), {name: p + 1 for name, p in parameters(model).items()}
+    with pytest.raises(KeyError), exchanged(model, other):
+        assert_close(parameters(model), {name: p + 1 for name, p in before.items()}, atol=0)
+        raise KeyError
+    assert_close(parameters(model), before, atol=0)
 
 
 @pytest.mark.parametrize("reference", ["base", "zero"])
@@ -151,10 +293,3 @@ def test_scouting_alone_is_reason_enough_for_validation_rows(bilevel):
     assert (
         trainer.weighting.row_weights.table.score_N[:12].max() < trainer.weighting.row_weights.table.score_N[12:].min()
     )
-
-
-def test_settings_of_the_run_are_left_as_they_are(bilevel):
-    trainer = bilevel(RIGHT + WRONG, TRUSTED, eval_strategy="no", save_strategy="steps", save_steps=100)
-    before = dict(vars(trainer.args))
-    score(trainer, num_steps=1)
-    assert isinstance(trainer.args, SFTConfig) and dict(vars(trainer.args)) == before

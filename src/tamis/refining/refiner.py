@@ -171,7 +171,7 @@ class Refiner:
                 rows[i] = RefinedRow(step, original_score_N[i].item(), responses)
         excess_R = self._measure(rows)
         self._swap(rows)
-        if self.scout and self.row_weights.is_settled and rows:
+        if self._is_scored_by_scout and rows:
             self._score(excess_R)
         self.last_refresh = step
         self.history = self._summary(statuses, completions, seconds) | {"refine/logprob_drift": drift}
@@ -228,7 +228,11 @@ class Refiner:
         for (_, response), loss, reference in zip(flat, loss_R.tolist(), reference_R.tolist(), strict=True):
             response.old_log_prob = response.log_prob = -loss * len(response.token_ids)
             response.reference_loss = reference
-        return self.scout.losses(dataset) - reference_R if self.scout and self.row_weights.is_settled else nothing_R
+        return self.scout.losses(dataset) - reference_R if self.scout and self._is_scored_by_scout else nothing_R
+
+    @property
+    def _is_scored_by_scout(self) -> bool:
+        return self.scout is not None and self.scout.is_believed and self.row_weights.is_settled
 
     def _score(self, excess_R: Tensor) -> None:
         """Score refined rows as the scout scored all rows, by the mean over their responses, each as it counts."""

@@ -205,6 +205,15 @@ class SelectorWeights(ScoreWeights):
         ScoreWeights.update(self, example_ids_R, loss_R, excess_R)
         self.is_settled = True
 
+    def settle(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
+        """Leave the scores of all R rows as they are, weights one, for want of evidence, and settle them.
+
+        Args:
+            loss_R: by a scout that is not believed, nats per token.
+        """
+        self.is_settled = True
+        ScoreWeights.update(self, example_ids_R, loss_R, loss_R)
+
     def scout_scores(self, excess_B: Tensor) -> Tensor:
         """Scores that rows would have by these excess losses of a scout, in the way that `score_rows` scored all."""
         return self.selector.next_scores(torch.zeros(len(excess_B)), excess_B).float()
@@ -317,7 +326,7 @@ class StaticWeights(RowWeights):
         self._is_active_N[example_ids] = False
         if not self.weight_N.sum() > 0:
             raise ValueError("the column 'weight' is 0 on every training row whose prompt fits: raise --max_length")
-        self.weight_N *= int(self._is_active_N.sum()) / self.weight_N.sum()
+        self.weight_N *= self._is_active_N.sum() / self.weight_N.sum()  # tensors: the ratio of equals is exactly one
 
     def scores(self, example_ids_B: Tensor) -> Tensor:
         """See `RowWeights`."""

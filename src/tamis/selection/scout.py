@@ -1,75 +1,81 @@
 """Scouting: score every training row before the model is trained on any of them.
 
 A model that has been trained on a row knows it by heart, right or wrong: its loss no longer says whether the row agrees
-with the trusted ones. So a scout comes first. The model descends the validation loss alone, gently; each training row
-is then scored by how far its loss has fallen or risen against the model before; and the model goes back to where it
-began. The scores are settled before training starts, at the price of a few steps on validation rows and one or two
-forward passes over the training rows (docs/method.md; figures in LOG.md).
+with the validation rows. So a scout comes first. The model descends the validation loss alone, gently; each training
+row is scored by how far its loss has fallen or risen against the model before; and the model goes back to where it
+began. Whether the descent has learned anything is measured on validation rows that it has not seen. SEAL's first epoch
+(arXiv 2410.07471) does the same in the run itself; scoring by the loss of an adapted model less that of the base goes
+back to Moore and Lewis (2010) and CoLoR-Filter (2406.10670). Figures in LOG.md, mathematics in docs/method.md.
 
-Shape suffixes: B rows of a batch, N rows of the training dataset.
+Shape suffixes: R rows of a prepared dataset, V validation rows.
 """
 
-import copy
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from tqdm.auto import trange
 
 from tamis.files import write_atomically
-from tamis.losses import row_losses
-from tamis.progress import ProgressCallback, use_progress
+from tamis.losses import fused_losses, row_losses
+from tamis.randomness import EndlessPermutations, permutation, seeded
+from tamis.stream import Batches, MicroBatch
 
 logger = logging.getLogger(__name__)
 
 SCOUT_FILE = "scout.safetensors"
-
-
-class PlainTrainer(SFTTrainer):
-    """TRL's `SFTTrainer` that tells nobody about the run and shows one bar."""
-
-    def _send_telemetry(self) -> None:
-        pass
-
-    def train_with_bar(self, title: str) -> None:
-        """Train, with a progress bar of that name instead of printed logs."""
-        use_progress(self, ProgressCallback(title))
-        self.train()
-
-
-def descend_validation_loss(
-    model: Any,
-    args: SFTConfig,
-    validation_dataset: Dataset,
-    processing_class: PreTrainedTokenizerBase,
-    *,
-    num_steps: int,
-    learning_rate: float,
-    batch_size: int,
-) -> None:
-    """Train ``model`` in place on the (prepared) validation rows alone, for ``num_steps`` optimizer steps.
-
-    Precision, optimizer, accumulation and gradient clipping are those of ``args``; nothing is saved or reported.
-    """
-    args = copy.copy(args)
-    args.max_steps, args.learning_rate, args.per_device_train_batch_size = num_steps, learning_rate, batch_size
-    args.lr_scheduler_type, args.warmup_steps = "constant", 0
-    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
-    args.model_init_kwargs, args.eval_on_start = None, False
-    args.report_to, args.push_to_hub, args.load_best_model_at_end = [], False, False
-    trainer = PlainTrainer(model, args, train_dataset=validation_dataset, processing_class=processing_class)
-    trainer.train_with_bar("scouting")
-
-
+_MIN_CHECKED = 4  # validation rows; of fewer, half is too little to learn from and half too little to measure by
 Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ScoutSettings:
+    """How a scout descends.
+
+    Attributes:
+        num_steps: optimizer steps over all validation rows.
+        learning_rate, betas, epsilon, max_grad_norm: of AdamW, without weight decay: the steps are few. A
+            ``max_grad_norm`` of 0 clips nothing.
+        batch_size: validation rows of a micro-batch and rank.
+        num_micro_batches: micro-batches of an optimizer step.
+        seed: all the randomness there is.
+    """
+
+    num_steps: int
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    max_grad_norm: float
+    batch_size: int
+    num_micro_batches: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How far the loss fell on validation rows that the scout had not seen.
+
+    Attributes:
+        fall, error: mean over the V rows and its standard error, nats per token; NaN where there were too few rows.
+    """
+
+    fall: float
+    error: float
+
+    @property
+    def is_believed(self) -> bool:
+        """Whether the loss fell by more than its error, or could not be measured."""
+        return math.isnan(self.fall) or self.fall > self.error
 
 
 def trainable_parameters(model: nn.Module) -> Parameters:
@@ -78,69 +84,173 @@ def trainable_parameters(model: nn.Module) -> Parameters:
 
 
 @contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
-    """On leaving, the trainable parameters are what they were on entering. The copy is kept on the CPU."""
-    before = trainable_parameters(model)
+def put_back(model: nn.Module, before: Parameters | None = None) -> Iterator[None]:
+    """On leaving, the trainable parameters are what they were on entering, and no other ones are trainable.
+
+    Args:
+        before: their values, where there is a copy already.
+    """
+    values = before or trainable_parameters(model)
     try:
         yield
     finally:
-        put(model, before)
+        own = dict(model.named_parameters())
+        assert values.keys() == {name for name, p in own.items() if p.requires_grad}, "a scout changes nothing"
+        for name, value in values.items():
+            own[name].data.copy_(value)
+            own[name].grad = None
 
 
-def put(model: nn.Module, parameters: Parameters) -> None:
-    """Give the model these values, bit for bit."""
-    own = dict(model.named_parameters())
-    for name, value in parameters.items():
-        own[name].data.copy_(value)
-        own[name].grad = None
+@contextmanager
+def exchanged(model: nn.Module, parameters: Parameters) -> Iterator[None]:
+    """Within it the model has these values and ``parameters`` holds the model's; no third copy is made."""
+
+    def exchange() -> None:
+        own = dict(model.named_parameters())
+        for name, value in parameters.items():
+            present = own[name].detach().to("cpu", copy=True)
+            own[name].data.copy_(value)
+            value.copy_(present)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
+def descend(
+    model: nn.Module, batches: Batches, example_ids_V: Tensor, settings: ScoutSettings, *, num_steps: int, title: str
+) -> None:
+    """Descend the loss of these validation rows alone, in place.
+
+    Steps are taken in float32 whatever the type of a parameter: a gentle step would be rounded away in bf16.
+
+    Args:
+        model: as accelerate prepared it.
+        num_steps: optimizer steps.
+        title: of the progress bar; there is none when it is empty.
+    """
+    accelerator = batches.accelerator
+    trained = [p for p in model.parameters() if p.requires_grad]
+    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]
+    optimizer = torch.optim.AdamW(masters, settings.learning_rate, settings.betas, settings.epsilon, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
+    order = EndlessPermutations(len(example_ids_V), settings.seed)
+    model.train()
+    for step in trange(num_steps, desc=title, disable=not (title and accelerator.is_main_process)):
+        for is_last, batch in _micro_batches(batches, example_ids_V, order, settings, step):
+            share_B = batch.pop("rows").share_B
+            with nullcontext() if is_last else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    nll_B = fused_losses(model, batch)
+                # DDP averages over the ranks; the shares sum to one over all of them.
+                scaler.scale((share_B.to(nll_B.device) * nll_B).sum() * accelerator.num_processes).backward()
+        for master, parameter in zip(masters, trained, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
+        scaler.unscale_(optimizer)
+        if settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(masters, settings.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        for master, parameter in zip(masters, trained, strict=True):
+            if master is not parameter:
+                parameter.data.copy_(master)
+
+
+def _micro_batches(
+    batches: Batches, example_ids_V: Tensor, order: EndlessPermutations, settings: ScoutSettings, step: int
+) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Those of one rank and step, each with whether it is the step's last; all ranks together read the order on."""
+    accelerator, size = batches.accelerator, settings.batch_size
+    wanted = []
+    for k in range(settings.num_micro_batches):
+        first = (step * settings.num_micro_batches + k) * accelerator.num_processes + accelerator.process_index
+        wanted.append(MicroBatch([], example_ids_V[order.places(first * size, size)].tolist()))
+    for k, batch in enumerate(batches.collate(wanted)):
+        yield k == len(wanted) - 1, batch
 
 
 class Scout:
     """The model after a gentle descent of the validation loss alone, called back whenever there are rows to score.
 
-    Its trainable parameters (with LoRA the adapter alone) are kept on the CPU, none on the accelerator.
+    At most two copies of the trainable parameters (with LoRA the adapter alone) are kept, on the CPU: the scout's, and
+    those of the base model.
 
     Args:
         model: as it is before training.
-        args, collator, accelerator, processing_class: those of its trainer.
+        batches: of its trainer.
         reference: ``base`` (the model as it is now) or ``zero``.
-        keep_base: keep the base model's parameters too, so that rows can be scored after training has begun.
+        batch_size: rows measured at a time and rank.
+        keep: keep both copies, so that rows can be scored after training has begun.
+        show_progress: bars over descents and measurements.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: SFTConfig,
-        collator: Callable,
-        accelerator: Accelerator,
-        processing_class: PreTrainedTokenizerBase,
+        batches: Batches,
         reference: str,
-        keep_base: bool = False,
+        *,
+        batch_size: int,
+        keep: bool,
+        show_progress: bool,
     ):
-        self.model, self.args, self.reference = model, args, reference
-        self.collator, self.accelerator, self.processing_class = collator, accelerator, processing_class
-        self.base_parameters = trainable_parameters(model) if reference == "base" and keep_base else {}
+        self.model, self.batches, self.reference, self.keep = model, batches, reference, keep
+        self.batch_size, self.show_progress = batch_size, show_progress
+        self.base_parameters = trainable_parameters(model) if keep else {}
         self.parameters: Parameters = {}
+        self.is_believed = True
 
-    def descend(self, validation_dataset: Dataset, *, num_steps: int, learning_rate: float, batch_size: int) -> None:
-        """Make the scout: descend the loss of the (prepared) validation rows; the model is put back."""
-        with put_back(self.model):
-            descend_validation_loss(
-                self.model,
-                self.args,
-                validation_dataset,
-                self.processing_class,
-                num_steps=num_steps,
-                learning_rate=learning_rate,
-                batch_size=batch_size,
-            )
-            self.parameters = trainable_parameters(self.model)
+    @property
+    def accelerator(self) -> Accelerator:
+        """Of the trainer."""
+        return self.batches.accelerator
+
+    def score(
+        self, model: nn.Module, validation_dataset: Dataset, train_dataset: Dataset, settings: ScoutSettings
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (R, float32) of the prepared training rows by the scout and by the reference; the model is put back.
+
+        Args:
+            model: the model as accelerate prepared it.
+        """
+        reference_R = self.reference_losses(train_dataset, "rows before scouting")
+        with seeded(settings.seed, self.accelerator.device):
+            self.evidence = self._evidence(model, validation_dataset, settings)
+            self.is_believed = self.evidence.is_believed
+            ids_V = torch.tensor(validation_dataset["example_id"][:])
+            with put_back(self.model, self.base_parameters):
+                self._descend(model, ids_V, settings, settings.num_steps, "scouting")
+                loss_R = self._present_losses(train_dataset, "rows after scouting")
+                if self.keep:
+                    self.parameters = trainable_parameters(self.model)
+        return loss_R, reference_R
+
+    def _evidence(self, model: nn.Module, validation_dataset: Dataset, settings: ScoutSettings) -> Evidence:
+        """Two scouts, each trained on one half of the validation rows and measured on the other."""
+        num_rows = len(validation_dataset)
+        if num_rows < _MIN_CHECKED:
+            return Evidence(math.nan, math.nan)
+        ids_V = torch.tensor(validation_dataset["example_id"][:])
+        fall_V = self._present_losses(validation_dataset, "")
+        halves = permutation(num_rows, settings.seed, epoch=0, level=1).tensor_split(2)
+        for seen, unseen in (halves, halves[::-1]):
+            with put_back(self.model, self.base_parameters):
+                self._descend(model, ids_V[seen], settings, max(settings.num_steps // 2, 1), "checking the scout")
+                fall_V[unseen] -= self._present_losses(validation_dataset.select(unseen.tolist()), "")
+        return Evidence(fall_V.mean().item(), fall_V.std().item() / math.sqrt(num_rows))
+
+    def _descend(self, model: nn.Module, ids_V: Tensor, settings: ScoutSettings, num_steps: int, title: str) -> None:
+        title = title if self.show_progress else ""
+        descend(model, self.batches, ids_V, settings, num_steps=num_steps, title=title)
 
     def losses(self, rows: Dataset, title: str = "") -> Tensor:
         """Token-mean losses (R, float32) of prepared rows by the scout."""
-        assert self.parameters, "descend() comes first"
-        with put_back(self.model):
-            put(self.model, self.parameters)
+        assert self.parameters, "score() or load() comes first"
+        with exchanged(self.model, self.parameters):
             return self._present_losses(rows, title)
 
     def reference_losses(self, rows: Dataset, title: str = "") -> Tensor:
@@ -149,19 +259,18 @@ class Scout:
             return torch.zeros(len(rows))
         if not self.base_parameters:  # the base model is the present one: nothing has been trained yet
             return self._present_losses(rows, title)
-        with put_back(self.model):
-            put(self.model, self.base_parameters)
+        with exchanged(self.model, self.base_parameters):
             return self._present_losses(rows, title)
 
     def _present_losses(self, rows: Dataset, title: str) -> Tensor:
-        # No gradients are kept: twice the rows fit.
-        batch_size, title = 2 * self.args.per_device_train_batch_size, "" if self.args.disable_tqdm else title
-        return row_losses(self.model, rows, self.collator, self.accelerator, batch_size=batch_size, title=title)
+        title, collate = title if self.show_progress else "", self.batches.collate_rows
+        return row_losses(self.model, rows, collate, self.accelerator, batch_size=self.batch_size, title=title)
 
     def save(self, path: Path) -> None:
         """Write the scout's parameters; the base model's are those that a run starts from."""
         tensors = {name: value.contiguous() for name, value in self.parameters.items()}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        metadata = {"is_believed": str(self.is_believed)}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     def load(self, path: Path) -> None:
         """Inverse of `save`.
@@ -172,5 +281,7 @@ class Scout:
         if not path.is_file():
             raise ValueError(f"{path} is missing: without the scout new responses cannot be scored; start the run anew")
         self.parameters = load_file(path)
+        with safe_open(path, "pt") as file:
+            self.is_believed = (file.metadata() or {}).get("is_believed") == "True"
         if self.parameters.keys() != {name for name, p in self.model.named_parameters() if p.requires_grad}:
             raise ValueError(f"{path} belongs to another model: start the run anew")
