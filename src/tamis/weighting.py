@@ -229,15 +229,17 @@ class RowWeighting:
         ids_R = torch.tensor(self.train_dataset["example_id"][:])
         stop_if_not_finite(loss_R - reference_R, lambda k: self._row_name(int(ids_R[k])), step=0)
         self.evidence = scout.evidence
-        fall = f"{scout.evidence.fall:.4f} +- {scout.evidence.error:.4f} nats per token"
+        found = f"{scout.evidence.criterion:.3f} +- {scout.evidence.error:.3f}"
         if scout.is_believed:
-            logger.info(f"the loss of the scout fell by {fall} on validation rows that it had not seen")
+            logger.info(
+                f"a training row loses against an unseen validation row with probability {found} (one half: alike)"
+            )
             self.row_weights.score_rows(ids_R, loss_R, loss_R - reference_R)
         else:
             logger.warning(
-                f"the loss of the scout fell by {fall} on validation rows that it had not seen: not beyond the error, "
-                "so it is not believed and all weights stay at one. Give more validation rows, or change "
-                "--scout_learning_rate or --scout_ratio"
+                f"the scout cannot tell training rows from validation rows that it has not seen (probability {found}, "
+                "one half is chance): it is not believed and all weights stay at one. Either the training rows are "
+                "all right, or give more validation rows, or change --scout_learning_rate or --scout_ratio"
             )
             self.row_weights.settle(ids_R, loss_R)
         self.reference.remember(ids_R, reference_R)

@@ -8,7 +8,15 @@ from conftest import assert_close, lora, pairs, parameters, plain_loss, tiny_mod
 
 from tamis.losses import row_losses
 from tamis.randomness import permutation
-from tamis.selection.scout import Scout, ScoutSettings, descend, exchanged, put_back, trainable_parameters
+from tamis.selection.scout import (
+    Scout,
+    ScoutSettings,
+    compare_excess,
+    descend,
+    exchanged,
+    put_back,
+    trainable_parameters,
+)
 
 RIGHT = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(12)]
 WRONG = [{"prompt": f"{i}=", "completion": "b" * (1 + i % 3)} for i in range(12)]
@@ -166,7 +174,8 @@ def test_a_scout_that_learns_nothing_of_unseen_rows_is_not_believed(bilevel, cap
     with caplog.at_level(logging.WARNING):
         trainer.train()
     evidence = trainer.weighting.evidence
-    assert evidence.fall <= evidence.error and "not believed and all weights stay at one" in caplog.text
+    assert evidence.criterion - 0.5 <= evidence.error
+    assert "not believed and all weights stay at one" in caplog.text
     assert trainer.weighting.row_weights.is_settled
     assert trainer.weighting.row_weights.all_weights().tolist() == [1.0] * 24
 
@@ -175,30 +184,54 @@ def test_a_scout_that_learns_is_believed(bilevel, caplog):
     trainer = bilevel(WRONG + RIGHT, TRUSTED, max_steps=8, scout_ratio=1.0, scout_learning_rate=1e-2)
     trainer.train()
     evidence = trainer.weighting.evidence
-    assert evidence.fall > 2 * evidence.error > 0 and "not believed" not in caplog.text
+    assert evidence.criterion - 0.5 > 2 * evidence.error > 0 and "not believed" not in caplog.text
+
+
+def test_right_rows_alone_leave_all_weights_at_one(bilevel):
+    """They are as the unseen validation rows are: the criterion is one half, whatever the scout has learned."""
+    rows = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(20, 60)]
+    trainer = bilevel(rows[::2], rows[1::2], max_steps=8, scout_ratio=1.0, scout_learning_rate=1e-2)
+    trainer.train()
+    assert trainer.weighting.row_weights.all_weights().tolist() == [1.0] * 20
 
 
 def test_the_evidence_is_measured_on_rows_that_were_not_seen(bilevel):
-    """By hand: train on one half, measure the other, both ways."""
-    trainer = bilevel(RIGHT, TRUSTED)
+    """By hand: train on one half, compare the other half with the training rows, both ways."""
+    trainer = bilevel(WRONG[:5] + RIGHT[:6], TRUSTED)
     scout, settings = scout_of(trainer), settings_of(trainer, num_steps=4, batch_size=3)
     scout.score(trainer.model, trainer.validation_dataset, trainer.train_dataset, settings)
-    ids_V, falls = torch.tensor(trainer.validation_dataset["example_id"]), {}
-    rows = {row["example_id"]: row for row in trainer.validation_dataset}
+    ids_V, losses = torch.tensor(trainer.validation_dataset["example_id"]), {}
     halves = permutation(6, settings.seed, epoch=0, level=1).tensor_split(2)
+    wins = []
     for seen, unseen in (halves, halves[::-1]):
         assert not set(seen.tolist()) & set(unseen.tolist())
-        for sign in (1, -1):
+        for when in ("before", "after"):
             with put_back(trainer.model):
-                if sign < 0:
+                if when == "after":
                     descend(trainer.model, trainer.batches, ids_V[seen], settings, num_steps=2, title="")
                 trainer.model.eval()
-                for i in ids_V[unseen].tolist():
-                    loss = plain_loss(trainer.model, rows[i]["input_ids"], rows[i]["labels"]).item()
-                    falls[i] = falls.get(i, 0.0) + sign * loss
-    fall_V = torch.tensor(list(falls.values()))
-    assert scout.evidence.fall == pytest.approx(fall_V.mean().item(), abs=1e-5)
-    assert scout.evidence.error == pytest.approx(fall_V.std().item() / 6**0.5, abs=1e-5)
+                for name, rows in (("train", trainer.train_dataset), ("validation", trainer.validation_dataset)):
+                    losses[when, name] = [plain_loss(trainer.model, r["input_ids"], r["labels"]).item() for r in rows]
+        excess = {
+            n: torch.tensor(losses["after", n]) - torch.tensor(losses["before", n]) for n in ("train", "validation")
+        }
+        wins += [(excess["train"] > excess["validation"][i]).double().mean().item() for i in unseen]
+    assert 0.5 < scout.evidence.criterion == pytest.approx(sum(wins) / 6, abs=1e-6)
+
+
+def test_the_error_is_that_of_repeated_draws():
+    """Two Gaussians a standard deviation apart: the area is known, and so is how much it varies."""
+    generator = torch.Generator().manual_seed(0)
+    areas, errors = [], []
+    for _ in range(300):
+        unseen_V, training_R = torch.randn(40, generator=generator), torch.randn(60, generator=generator) + 1
+        lower_V, higher_R = compare_excess(unseen_V, training_R)
+        assert lower_V.mean().item() == pytest.approx(higher_R.mean().item())
+        areas.append(lower_V.mean().item())
+        errors.append((lower_V.var() / 40 + higher_R.var() / 60).sqrt().item())
+    areas = torch.tensor(areas)
+    assert areas.mean().item() == pytest.approx(0.760, abs=0.01)
+    assert sum(errors) / 300 == pytest.approx(areas.std().item(), rel=0.1)
 
 
 def test_two_copies_at_most(bilevel, monkeypatch):

@@ -3,9 +3,12 @@
 A model that has been trained on a row knows it by heart, right or wrong: its loss no longer says whether the row agrees
 with the validation rows. So a scout comes first. The model descends the validation loss alone, gently; each training
 row is scored by how far its loss has fallen or risen against the model before; and the model goes back to where it
-began. Whether the descent has learned anything is measured on validation rows that it has not seen. SEAL's first epoch
-(arXiv 2410.07471) does the same in the run itself; scoring by the loss of an adapted model less that of the base goes
-back to Moore and Lewis (2010) and CoLoR-Filter (2406.10670). Figures in LOG.md, mathematics in docs/method.md.
+began. Whether it can be believed is measured on validation rows that it has not seen: right training rows should be
+like them, and wrong ones have higher excess losses (`Evidence`).
+
+SEAL's first epoch (arXiv 2410.07471) scores in the same way within the run itself. Scores by the loss of an adapted
+model less that of the base model go back to Moore and Lewis (2010) and CoLoR-Filter (2406.10670), scores by the loss
+of a model of held-out data to RHO-loss (2206.07137). Figures in LOG.md, mathematics in docs/method.md.
 
 Shape suffixes: R rows of a prepared dataset, V validation rows.
 """
@@ -34,6 +37,7 @@ from tamis.stream import Batches, MicroBatch
 logger = logging.getLogger(__name__)
 
 SCOUT_FILE = "scout.safetensors"
+_MAX_SAMPLE = 1000  # training rows that validation rows are compared with: more would not lower the error
 _MIN_CHECKED = 4  # validation rows; of fewer, half is too little to learn from and half too little to measure by
 Parameters = dict[str, Tensor]
 
@@ -63,19 +67,31 @@ class ScoutSettings:
 
 @dataclass(frozen=True)
 class Evidence:
-    """How far the loss fell on validation rows that the scout had not seen.
+    """How well scouts tell training rows from validation rows that they have not seen.
 
     Attributes:
-        fall, error: mean over the V rows and its standard error, nats per token; NaN where there were too few rows.
+        criterion: probability that a training row has a higher excess loss than an unseen validation row. One half
+            where the two are alike, or where the scout has learned nothing; NaN where there were too few rows to tell.
+        error: its standard error.
     """
 
-    fall: float
+    criterion: float
     error: float
 
     @property
     def is_believed(self) -> bool:
-        """Whether the loss fell by more than its error, or could not be measured."""
-        return math.isnan(self.fall) or self.fall > self.error
+        """Whether the criterion exceeds one half by more than its error, or could not be measured."""
+        return math.isnan(self.criterion) or self.criterion - 0.5 > self.error
+
+
+def compare_excess(unseen_V: Tensor, training_R: Tensor) -> tuple[Tensor, Tensor]:
+    """How often each unseen validation row (V) has a lower excess loss than a training row, and the reverse (R).
+
+    Both are float64 and have the criterion of `Evidence` as their mean; ties count half. Their variances over V and R
+    give its standard error (DeLong et al. 1988).
+    """
+    lower_VR = (unseen_V[:, None] < training_R).double() + 0.5 * (unseen_V[:, None] == training_R)
+    return lower_VR.mean(dim=1), lower_VR.mean(dim=0)
 
 
 def trainable_parameters(model: nn.Module) -> Parameters:
@@ -219,7 +235,7 @@ class Scout:
         """
         reference_R = self.reference_losses(train_dataset, "rows before scouting")
         with seeded(settings.seed, self.accelerator.device):
-            self.evidence = self._evidence(model, validation_dataset, settings)
+            self.evidence = self._evidence(model, validation_dataset, train_dataset, reference_R, settings)
             self.is_believed = self.evidence.is_believed
             ids_V = torch.tensor(validation_dataset["example_id"][:])
             with put_back(self.model, self.base_parameters):
@@ -229,19 +245,33 @@ class Scout:
                     self.parameters = trainable_parameters(self.model)
         return loss_R, reference_R
 
-    def _evidence(self, model: nn.Module, validation_dataset: Dataset, settings: ScoutSettings) -> Evidence:
-        """Two scouts, each trained on one half of the validation rows and measured on the other."""
+    def _evidence(
+        self,
+        model: nn.Module,
+        validation_dataset: Dataset,
+        train_dataset: Dataset,
+        reference_R: Tensor,
+        settings: ScoutSettings,
+    ) -> Evidence:
+        """Two scouts, each trained on one half of the validation rows and measured on the other half."""
         num_rows = len(validation_dataset)
         if num_rows < _MIN_CHECKED:
             return Evidence(math.nan, math.nan)
         ids_V = torch.tensor(validation_dataset["example_id"][:])
-        fall_V = self._present_losses(validation_dataset, "")
+        reference_V = self.reference_losses(validation_dataset)
+        sample = permutation(len(train_dataset), settings.seed, epoch=0, level=0)[:_MAX_SAMPLE].sort().values
+        training_rows = train_dataset.select(sample.tolist())
+        lower_V, higher_R = torch.empty(num_rows, dtype=torch.float64), torch.zeros(len(sample), dtype=torch.float64)
         halves = permutation(num_rows, settings.seed, epoch=0, level=1).tensor_split(2)
         for seen, unseen in (halves, halves[::-1]):
             with put_back(self.model, self.base_parameters):
                 self._descend(model, ids_V[seen], settings, max(settings.num_steps // 2, 1), "checking the scout")
-                fall_V[unseen] -= self._present_losses(validation_dataset.select(unseen.tolist()), "")
-        return Evidence(fall_V.mean().item(), fall_V.std().item() / math.sqrt(num_rows))
+                excess_V = self._present_losses(validation_dataset.select(unseen.tolist()), "") - reference_V[unseen]
+                excess_R = self._present_losses(training_rows, "rows, to check the scout") - reference_R[sample]
+            lower_V[unseen], higher = compare_excess(excess_V, excess_R)
+            higher_R += higher * len(unseen) / num_rows
+        error = math.sqrt(lower_V.var().item() / num_rows + higher_R.var().item() / len(sample))
+        return Evidence(lower_V.mean().item(), error)
 
     def _descend(self, model: nn.Module, ids_V: Tensor, settings: ScoutSettings, num_steps: int, title: str) -> None:
         title = title if self.show_progress else ""
