@@ -135,7 +135,7 @@ def lora(**settings) -> LoraConfig:
 
 
 def weighted_step(reduction: str, accumulation: int) -> dict:
-    """Settings of a step over 6 training and 4 validation rows, by the weights of a column; the model stays as it is."""
+    """Settings of a step over 6 training and 4 validation rows, by the weights of a column; the model stays."""
     return {
         "selector": "column",
         "rho": 0.3,
@@ -197,3 +197,11 @@ def read_jsonl(path: Path) -> list[dict]:
 def write_jsonl(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def message_of(call) -> str:
+    """The text of the ValueError that `call` raises, which must be one line."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -33,7 +33,6 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tamis.data import content_hashes
 from tamis.selectors import Selector
 
 FORMAT_VERSION = 1
@@ -100,7 +99,6 @@ class Recorder:
 
     def __init__(self, output_dir: str | Path):
         self.output_dir = Path(output_dir)
-        self._hashes: list[str] | None = None
 
     def write_config(self, settings: dict[str, Any], info: dict[str, Any]) -> None:
         """``settings`` are command line names and values; ``info`` goes under ``run_info``, which replays ignore."""
@@ -139,13 +137,13 @@ class Recorder:
 
     def write_weights(
         self,
-        train_rows: Dataset,
+        row_table: pa.Table,
         selector: Selector,
         kept_ids: Sequence[int],
         own_score_N: Tensor | None = None,
         refined_ids: Sequence[int] = (),
     ) -> None:
-        """Write ``weights.parquet``: one row per row of ``train_rows``, in its order.
+        """Write ``weights.parquet``: ``row_table`` (see `tamis.rows`) and what training has made of its rows.
 
         ``weight`` (mean one over the rows that are kept) and ``score`` are those after the last committed step, of the
         row's own answer: where some rows train on generated ones (``refined``), they come from ``own_score_N``; what a
@@ -153,9 +151,7 @@ class Recorder:
         refined row are those of its generated answers. Rows that never entered training (``kept`` False: prompt too
         long) have weight 0.
         """
-        if self._hashes is None:  # the rows of a run do not change: hashed once, not at every checkpoint
-            self._hashes = content_hashes(train_rows)
-        num_rows = len(train_rows)
+        num_rows = len(row_table)
         kept_N = np.zeros(num_rows, dtype=bool)
         kept_N[np.asarray(kept_ids, dtype=np.int64)] = True
         score_N, refined_N = selector.scores(torch.arange(num_rows)), np.zeros(num_rows, dtype=bool)
@@ -165,10 +161,6 @@ class Recorder:
             weight_N = weight_N * (kept_N.sum() / weight_N.sum())
             refined_N[np.asarray(refined_ids, dtype=np.int64)] = True
         columns = {
-            "example_id": np.arange(num_rows),
-            "source": train_rows["source"] if "source" in train_rows.column_names else [None] * num_rows,
-            "row": train_rows["row"] if "row" in train_rows.column_names else np.arange(num_rows),
-            "content_hash": self._hashes,
             "weight": weight_N.numpy(),
             "score": np.where(kept_N, score_N.numpy(), np.float32(np.nan)),
             "num_updates": selector.num_updates_N.numpy(),
@@ -176,8 +168,9 @@ class Recorder:
             "kept": kept_N,
             "refined": refined_N,
         }
-        table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
-        table = table.cast(table.schema.set(1, pa.field("source", pa.string())))
+        table = row_table
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array(values, from_pandas=True))
         table = table.replace_schema_metadata({"tamis_format_version": str(FORMAT_VERSION)})
         write_atomically(self.output_dir / "weights.parquet", lambda path: pq.write_table(table, path))
 

@@ -21,11 +21,11 @@ from trl import SFTTrainer
 from tamis import checkpoint as checkpoints
 from tamis.bilevel import penalty_gap, rho_at, row_coefficients
 from tamis.config import BilevelConfig
-from tamis.data import attach_example_ids, check_overlap, check_rows, fingerprint, report_dropped, row_name
 from tamis.generation import GenerationError, check_installed
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
 from tamis.references import ZeroReference, fused_forward, make_reference
 from tamis.refine import Refiner, make_refiner
+from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, report_dropped, row_name, row_table
 from tamis.scout import SCOUT_FILE, Scout
 from tamis.selectors import make_selector
 from tamis.stream import BilevelCollator, make_dataloader, upper_id
@@ -101,15 +101,15 @@ class BilevelTrainer(SFTTrainer):
             "eval_dataset": eval_dataset,
         }
         datasets = {role: dataset for role, dataset in datasets.items() if dataset is not None}
-        for role, dataset in datasets.items():
-            check_rows(dataset, role)
+        hashes = {role: check_rows(dataset, role) for role, dataset in datasets.items()}
         if "validation_dataset" in datasets:
-            check_overlap(train_dataset, datasets["validation_dataset"], eval_dataset)
-        self._fingerprints = {role: fingerprint(dataset) for role, dataset in datasets.items()}
+            check_overlap(datasets, hashes)
+        self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
 
         # Rows are numbered by their place, whatever a column of that name says.
         train_dataset = train_dataset.select_columns([c for c in train_dataset.column_names if c != "example_id"])
         self._train_rows = attach_example_ids(train_dataset)
+        self._row_table = row_table(self._train_rows, hashes["train_dataset"])
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
         report_dropped("train_dataset", self._train_rows, self.train_dataset, args.max_length)
         if isinstance(eval_dataset, Dataset):
@@ -121,7 +121,7 @@ class BilevelTrainer(SFTTrainer):
         self.data_collator = BilevelCollator(self.data_collator)
 
         num_examples = len(self._train_rows)
-        weight_N = torch.tensor(self._train_rows["weight"]) if args.selector == "column" else None
+        weight_N = torch.tensor(self._train_rows["weight"][:]) if args.selector == "column" else None
         self.selector = make_selector(
             args.selector,
             num_examples,
@@ -130,7 +130,7 @@ class BilevelTrainer(SFTTrainer):
             temperature=args.bmo_temperature,
             weight_N=weight_N,
         )
-        kept = set(self.train_dataset["example_id"])
+        kept = set(self.train_dataset["example_id"][:])
         self.selector.exclude(torch.tensor([i for i in range(num_examples) if i not in kept], dtype=torch.int64))
         self.reference = ZeroReference()
         if self.selector.uses_excess:
@@ -390,7 +390,7 @@ class BilevelTrainer(SFTTrainer):
             batch_size=self.resolved.per_device_validation_batch_size,
         )
         loss_R = scout.losses(self.train_dataset, "rows after scouting")
-        example_ids_R = torch.tensor(self.train_dataset["example_id"])
+        example_ids_R = torch.tensor(self.train_dataset["example_id"][:])
         self._stop_if_not_finite(loss_R, example_ids_R, [])
         self.selector.judge(example_ids_R, loss_R, loss_R - reference_R)
         self.reference.remember(example_ids_R, reference_R)
@@ -481,8 +481,8 @@ class BilevelTrainer(SFTTrainer):
             own: dict[str, Any] = {}
             if self.refiner:
                 own = {"own_score_N": self.refiner.own_scores(), "refined_ids": list(self.refiner.buffer.questions)}
-            kept_ids = self.train_dataset["example_id"]
-            self.recorder.write_weights(self._train_rows, self.selector, kept_ids=kept_ids, **own)
+            kept_ids = self.train_dataset["example_id"][:]
+            self.recorder.write_weights(self._row_table, self.selector, kept_ids=kept_ids, **own)
 
     def _send_telemetry(self) -> None:
         """TRL reports every constructed trainer to its makers; a run of tamis is nobody else's business."""
