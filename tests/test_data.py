@@ -2,9 +2,7 @@
 
 import codecs
 import gzip
-import hashlib
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -12,10 +10,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import message_of
 from datasets import Dataset, DatasetDict
 from tokenizers import Regex, pre_tokenizers
 
-from tamis.data import attach_example_ids, check_overlap, check_rows, content_hashes, fingerprint, load_rows
+from tamis.data import load_rows
+from tamis.rows import check_rows
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 QA = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?\n", "answer": " 6"}]
@@ -37,14 +37,6 @@ def write(path: Path, rows: list) -> Path:
 
 def load(path, **kwargs) -> Dataset:
     return load_rows(path, role="train_dataset", **kwargs)
-
-
-def message_of(call) -> str:
-    """The text of the ValueError that `call` raises, which must be one line."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- formats ---
@@ -132,6 +124,11 @@ def test_csv_keeps_what_is_written(tmp_path):
     assert rows["weight"][:] == [1.0, 0.5, 0.0]
 
 
+def test_csv_with_bare_carriage_returns(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'prompt,completion\ra,"b\rc"\rd,e\r')
+    assert load(tmp_path / "a.csv")["completion"][:] == ["b\rc", "e"]
+
+
 def test_tsv(tmp_path):
     (tmp_path / "a.tsv").write_text('prompt\tcompletion\na,b\tsay "hi", now\n')
     assert load(tmp_path / "a.tsv")[0] == {"prompt": "a,b", "completion": 'say "hi", now', "row": 0, "source": "a.tsv"}
@@ -167,6 +164,45 @@ def test_huge_row(tmp_path):
 def test_a_changed_file_is_read_anew(tmp_path):
     assert load(write(tmp_path / "a.jsonl", QA))["completion"][0] == "4"
     assert load(write(tmp_path / "a.jsonl", QA[1:]))["completion"][:] == [" 6"]
+
+
+def test_rows_are_read_in_batches(tmp_path, monkeypatch):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
+    other = {**call, "tool_calls": [{"name": "g", "arguments": {"x": 1}}], "name": "n"}
+    rows = [
+        *({"messages": chat} for chat in (CHAT, [CHAT[0], call, CHAT[1]], [CHAT[0], other, *CHAT])),
+        {"id": 1, "messages": CHAT},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    pairs = write(tmp_path / "b.json", [{"prompt": str(i), "response": "x", "w": i} for i in range(5)])
+    at_once = [load(path).to_dict(), load(pairs, weight_column="w").to_dict()]
+    monkeypatch.setattr("tamis.rows.BATCH_SIZE", 1)
+    assert [load(path).to_dict(), load(pairs, weight_column="w").to_dict()] == at_once
+    assert at_once[1]["prompt"] == ["0\n", "1\n", "2\n", "3\n", "4\n"] and at_once[1]["row"] == [0, 1, 2, 3, 4]
+    write(pairs, [{"prompt": str(i), "response": "x" * (i % 2), "w": i - 2} for i in range(5)])
+    assert message_of(lambda: load(pairs, weight_column="w")) == (
+        'b.json, row 0, column "response": the response is empty. Remove the row or fill it in. '
+        "3 rows of the column are bad, first 0, 2, 4."
+    )
+
+
+def test_columns_that_only_later_rows_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("tamis.rows.BATCH_SIZE", 1)
+    bare, whole = {"instruction": "a", "output": "b"}, {"instruction": "c", "input": "x", "output": "d"}
+    assert load(write(tmp_path / "a.jsonl", [bare, whole, bare]))["prompt"][:] == ["a\n", "c\n\nx\n", "a\n"]
+    text = message_of(lambda: load(write(tmp_path / "a.jsonl", [{"text": "a"}, {"prompt": "a", "completion": "b"}])))
+    assert text == (
+        "a.jsonl: the first rows have the columns text, later ones prompt, completion. Give all rows the same."
+    )
+    text = message_of(lambda: load(write(tmp_path / "a.jsonl", [whole, {"instruction": "c"}])))
+    assert text.startswith('a.jsonl, row 1 (line 2), column "output": the response is missing.')
+
+
+def test_equal_tables_have_equal_fingerprints(tmp_path):
+    """`datasets` names its caches by them."""
+    first = load(write(tmp_path / "a.jsonl", QA))
+    assert first._fingerprint == load(write(tmp_path / "a.jsonl", QA))._fingerprint
+    assert first._fingerprint != load(write(tmp_path / "a.jsonl", QA[::-1]))._fingerprint
 
 
 def test_folder_takes_the_files_of_one_split_in_order(tmp_path, caplog):
@@ -260,7 +296,14 @@ def test_hub_name_with_config(monkeypatch):
         ("a.json", b'{\n"data": [\n]}', "a.json, row 0 (line 1), which must be one whole object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}', "a.jsonl, row 1 (line 2): half of a surrogate pair"),
         ("a.jsonl", '{"text": "ä"}'.encode("utf-16"), "a.jsonl: cannot be read as UTF-8 text"),
+        ("a.jsonl", b'{"text": "a"}\n \n\n[]\n\n', "a.jsonl, row 1 (line 2), which must be one whole object"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\xff"}\n',
+            "can't decode byte 0xff in position 10: invalid start byte (line 2)",
+        ),
         ("a.jsonl", b"", "a.jsonl: there are no rows"),
+        ("a.csv", b" \n\n", "a.csv: "),
         ("a.json", b"[]", "a.json: there are no rows"),
         ("a.csv", b"", "a.csv: there are no rows"),
         ("a.csv", b"prompt,completion\n", "a.csv: there are no rows"),
@@ -392,102 +435,6 @@ def test_bad_weight(tmp_path, weight):
     assert text.startswith('a.jsonl, row 1 (line 2), column "w": the weight ')
     assert text.endswith("is not a finite number >= 0.")
     assert len(text) < 150
-
-
-def test_check_rows_on_a_data_set_made_in_python():
-    check_rows(Dataset.from_list([{"prompt": "a", "completion": "b", "weight": 0.0}]), "eval_dataset")
-    check_rows(Dataset.from_list([{"messages": CHAT, "source": "forum", "row": "7"}]), "eval_dataset")
-
-    def text(rows):
-        return message_of(lambda: check_rows(Dataset.from_list(rows), "eval_dataset"))
-
-    assert text([{"text": "a"}, {"text": ""}]) == (
-        'eval_dataset, row 1, column "text": the text is empty. Remove the row or fill it in.'
-    )
-    assert text([{"text": "", "source": "forum"}]).startswith("eval_dataset, row 0, ")
-    assert text([{"text": "", "source": "a.jsonl", "row": 7}]).startswith("a.jsonl, row 7 (line 8), ")
-    assert text([{"text": "a", "weight": -1}]).startswith('eval_dataset, row 0, column "weight": the weight -1 is not')
-    assert text([{"input_ids": [1]}]) == "eval_dataset: neither prompt and completion, messages nor text in input_ids."
-    assert text([]).startswith("eval_dataset: there are no rows")
-
-
-def test_check_rows_follows_the_order_of_the_data_set():
-    rows = Dataset.from_list([{"text": "a"}, {"text": ""}, {"text": "b"}])
-    check_rows(rows.select([0, 2]), "train_dataset")
-    assert "train_dataset, row 2, " in message_of(lambda: check_rows(rows.select([2, 0, 1]), "train_dataset"))
-    assert "train_dataset, row 1, " in message_of(lambda: check_rows(rows.with_format("numpy"), "train_dataset"))
-
-
-# --- hashes, overlap, ids ---
-
-
-def test_content_hashes_depend_on_content_alone(tmp_path):
-    jsonl = load(write(tmp_path / "a.jsonl", QA))
-    (tmp_path / "b.csv").write_text("id,answer,question\n1,4,2+2?\n2, 6,3+3?\n")
-    csv = load(tmp_path / "b.csv")
-    hashes = content_hashes(jsonl)
-    assert hashes == content_hashes(csv) and fingerprint(jsonl) == fingerprint(csv)
-    assert content_hashes(jsonl.select([1, 0])) == hashes[::-1]
-    assert fingerprint(jsonl.select([1, 0])) != fingerprint(jsonl)
-    assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in (*hashes, fingerprint(jsonl)))
-
-
-def test_content_hash_is_the_documented_one():
-    expected = hashlib.blake2b('{"text": "ä"}'.encode(), digest_size=8).hexdigest()
-    assert content_hashes(Dataset.from_list([{"text": "ä"}])) == [expected]
-
-
-def test_content_hashes_tell_prompt_from_completion():
-    pairs = [("a", "bc"), ("ab", "c"), ("abc", "d"), ("a", "b\nc")]
-    rows = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
-    assert len(set(content_hashes(rows))) == len(pairs)
-
-
-def test_content_hash_of_messages_ignores_null_fields():
-    alone = Dataset.from_list([{"messages": CHAT}])
-    with_tools = [{"messages": [*CHAT, {"role": "assistant", "content": "x", "name": "n"}]}, {"messages": CHAT}]
-    assert content_hashes(Dataset.from_list(with_tools))[1] == content_hashes(alone)[0]
-
-
-def test_overlap(tmp_path, caplog):
-    def rows(name, texts):
-        return load(write(tmp_path / name, [{"text": text} for text in texts]))
-
-    train = rows("train.jsonl", "abcdefgh")
-    assert check_overlap(train, rows("val.jsonl", "xy"), rows("test.jsonl", "z")) == []
-    assert check_overlap(train, rows("val.jsonl", "xy")) == []
-
-    with caplog.at_level(logging.WARNING, logger="tamis"):
-        found = check_overlap(train, rows("val.jsonl", "xhba"), rows("test.jsonl", "cdefz"))
-    assert len(found) == 2
-    assert found[0].startswith(
-        "validation_dataset and train_dataset share 3 row(s), first val.jsonl, row 1 (line 2) = train.jsonl, row 7 "
-        "(line 8); val.jsonl, row 2 (line 3) = train.jsonl, row 1 (line 2); val.jsonl, row 3"
-    )
-    assert found[1].startswith("eval_dataset and train_dataset share 4 row(s), first test.jsonl, row 0 (line 1) = ")
-    assert found[1].count(" = ") == 3
-    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == found
-
-    text = message_of(lambda: check_overlap(train, rows("val.jsonl", "xy"), rows("test.jsonl", "zy")))
-    assert text.startswith(
-        "validation_dataset and eval_dataset share 1 row(s), first val.jsonl, row 1 (line 2) = test.jsonl, row 1 (line "
-    )
-
-
-def test_overlap_names_the_first_of_equal_rows():
-    found = check_overlap(Dataset.from_dict({"text": ["a", "b", "b"]}), Dataset.from_dict({"text": ["b"]}))
-    assert "validation_dataset, row 0 = train_dataset, row 1." in found[0]
-
-
-def test_attach_example_ids():
-    rows = Dataset.from_list([{"text": text} for text in "abc"])
-    shuffled = attach_example_ids(rows.select([2, 0, 1]))
-    assert shuffled.to_dict() == {"text": ["c", "a", "b"], "example_id": [0, 1, 2]}
-    assert shuffled.features["example_id"].dtype == "int64"
-    assert attach_example_ids(shuffled.select([2, 0]))["example_id"][:] == [2, 0]
-    for ids in ([0, 0, 1], [0, None, 1], ["a", "b", "c"]):
-        bad = rows.add_column("example_id", ids)
-        assert "unique int64" in message_of(lambda bad=bad: attach_example_ids(bad))
 
 
 def test_real_alpaca(tmp_path):

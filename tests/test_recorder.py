@@ -12,8 +12,9 @@ from conftest import Kill, Killed, assert_close, lora, pairs, parameters, read_j
 from datasets import Dataset
 
 from tamis import BilevelConfig
-from tamis.data import content_hashes
+from tamis import rows as rows_module
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, write_atomically
+from tamis.rows import check_rows
 
 TRAIN, TRUSTED, HELD_OUT = pairs(7) + pairs(5, 50, wrong=True), pairs(4, 95), pairs(3, 60)
 
@@ -77,7 +78,7 @@ def test_weights_name_every_row_of_the_user(bilevel, tmp_path):
     assert table.schema.metadata[b"tamis_format_version"] == b"2"
     columns = table.to_pydict()
     assert columns["example_id"] == list(range(13)) and columns["row"] == list(range(10, 23))
-    assert columns["content_hash"] == content_hashes(Dataset.from_list(rows))
+    assert columns["content_hash"] == check_rows(Dataset.from_list(rows), "train_dataset")
     assert [i for i, kept in enumerate(columns["kept"]) if not kept] == [3]
     assert columns["weight"][3] == 0 and columns["num_updates"][3] == 0 and columns["last_loss"][3] is None
     assert (
@@ -87,6 +88,28 @@ def test_weights_name_every_row_of_the_user(bilevel, tmp_path):
     weights = trainer.weighting.row_weights.all_weights().tolist()
     assert [w for i, w in enumerate(columns["weight"]) if i != 3] == [w for i, w in enumerate(weights) if i != 3]
     assert set(columns["source"]) == {"a.jsonl"}
+
+
+def test_rows_are_hashed_once_in_a_run(bilevel, monkeypatch):
+    """Not for the fingerprints, the overlap and every checkpoint anew: a million rows take seconds each time."""
+    hashed, digest = [], rows_module._digest
+    monkeypatch.setattr(rows_module, "_digest", lambda text: hashed.append(text) or digest(text))
+    trainer = bilevel(TRAIN, TRUSTED, HELD_OUT, max_steps=4, save_strategy="steps", save_steps=1, scout_ratio=0.0)
+    trainer.train()
+    rows = [text for text in hashed if text.startswith("{")]
+    assert sorted(rows) == sorted(json.dumps(row, sort_keys=True) for row in [*TRAIN, *TRUSTED, *HELD_OUT])
+    assert len(hashed) == len(rows) + 3, "and a fingerprint for each data set"
+
+
+def test_weights_are_written_without_reading_rows(bilevel, monkeypatch, tmp_path):
+    trainer = bilevel(TRAIN, TRUSTED, max_steps=1, scout_ratio=0.0)
+
+    def refuse(dataset):
+        raise AssertionError("a million rows, one after the other")
+
+    monkeypatch.setattr(Dataset, "__iter__", refuse)
+    trainer._write_weights()
+    assert pq.read_table(tmp_path / "run" / "weights.parquet")["kept"].to_pylist() == [True] * len(TRAIN)
 
 
 def test_a_run_leaves_its_settings_and_metrics(bilevel, tmp_path):

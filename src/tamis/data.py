@@ -9,20 +9,21 @@ import hashlib
 import io
 import json
 import logging
-import math
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+
+from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, place_in_file
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,8 @@ LAYOUTS: tuple[tuple[str, ...], ...] = (
     *(("instruction", "input", "output"), ("instruction", "output"), ("text",)),
 )
 KINDS = {1: ("messages",), 2: ("prompt", "completion"), 3: ("prompt", "input", "completion")}
-MIXED = "text and lists of messages are mixed. Give all prompts and responses one form"
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-Rows: TypeAlias = list[dict[str, Any]] | Dataset
 
 
 def load_rows(
@@ -69,99 +69,20 @@ def load_rows(
         weight_column: a column of finite weights >= 0, one for each row.
 
     Raises:
-        ValueError: nothing is there, it cannot be read, no layout is recognised, or a row fails `check_rows`.
+        ValueError: nothing is there, it cannot be read, no layout is recognised, or a row fails a check of
+            `tamis.rows`.
     """
     named = tuple(column for column in (prompt_column, response_column) if column is not None)
     if len(set(named)) == 1:
         raise ValueError(f"{role}: --prompt_column and --response_column go together and name two columns.")
     parts = [_canonical(rows, name, named, weight_column) for name, rows in _read_source(str(source), role, split)]
     for part in parts:
-        if part.keys() != parts[0].keys():
+        if set(part.column_names) != set(parts[0].column_names):
             raise ValueError(
                 f"{part['source'][0]}: not the layout of {parts[0]['source'][0]}. Give all files the same."
             )
-    columns = {column: list(chain.from_iterable(part[column] for part in parts)) for column in parts[0]}
-    with _one_line(f"{source}: the rows do not fit into one table"):
-        return Dataset(pa.table(columns))
-
-
-def check_rows(dataset: Dataset, role: str) -> None:
-    """Check that every row can be trained on.
-
-    Args:
-        dataset: in one of TRL's formats; `row` and `source`, as `load_rows` writes them, are used in messages.
-        role: `train_dataset`, `validation_dataset` or `eval_dataset`; stands for the file where there is no `source`.
-
-    Raises:
-        ValueError: no rows, no known format, a null prompt, a response without text, a value of the wrong type,
-            messages without an answer, or a `weight` that is null, NaN, infinite or negative.
-    """
-    if len(dataset) == 0:
-        raise ValueError(f"{role}: there are no rows. Give a data set with at least one row.")
-    place = partial(row_name, dataset, role)
-    columns = {column: _values(dataset, column) for column in _content_columns(dataset, role)}
-    _check_content(columns, {column: column for column in columns}, place)
-    if "weight" in dataset.column_names:
-        _weights(_values(dataset, "weight"), "weight", place)
-
-
-def content_hashes(dataset: Dataset) -> list[str]:
-    """Hash what each row says: 16 hex digits of BLAKE2b over prompt and completion, messages or text as JSON.
-
-    Other columns and the order of rows do not enter, nor do fields of a message that are null.
-    """
-    columns = _content_columns(dataset, "dataset")
-    rows = (dict(zip(columns, row, strict=True)) for row in zip(*(_values(dataset, c) for c in columns), strict=True))
-    texts = (json.dumps(_without_nulls(row), ensure_ascii=False, sort_keys=True) for row in rows)
-    return [hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for text in texts]
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """Hash a data set: 16 hex digits over the content of its rows, in order."""
-    return hashlib.blake2b("".join(content_hashes(dataset)).encode(), digest_size=8).hexdigest()
-
-
-def check_overlap(train: Dataset, validation: Dataset, evaluation: Dataset | None = None) -> list[str]:
-    """Look for the same row (prompt and response) in two of the data sets.
-
-    Returns:
-        The warnings, also logged: rows of the validation or held-out set that are trained on as well.
-
-    Raises:
-        ValueError: validation and evaluation share a row, so that the result could not be trusted.
-    """
-    datasets = {"train_dataset": train, "validation_dataset": validation}
-    if evaluation is not None:
-        datasets["eval_dataset"] = evaluation
-    hashes = {role: content_hashes(dataset) for role, dataset in datasets.items()}
-
-    def shared(first: str, second: str, consequence: str) -> list[str]:
-        index = {digest: j for j, digest in reversed(list(enumerate(hashes.get(second, []))))}
-        found = [(i, index[digest]) for i, digest in enumerate(hashes.get(first, [])) if digest in index]
-        shown = [
-            f"{row_name(datasets[first], first, i)} = {row_name(datasets[second], second, j)}" for i, j in found[:3]
-        ]
-        return [f"{first} and {second} share {len(found)} row(s), first {'; '.join(shown)}. {consequence}"][
-            : len(found)
-        ]
-
-    for message in shared("validation_dataset", "eval_dataset", "Remove them from one of the two."):
-        raise ValueError(message)
-    messages = shared("validation_dataset", "train_dataset", "The choice of rows will favour them.")
-    messages += shared("eval_dataset", "train_dataset", "The result on them says nothing about new rows.")
-    for message in messages:
-        logger.warning(message)
-    return messages
-
-
-def attach_example_ids(dataset: Dataset) -> Dataset:
-    """Add `example_id` (int64), 0 .. N-1 in order; keep a column of that name, or raise ValueError if not unique."""
-    if "example_id" not in dataset.column_names:
-        return dataset.add_column("example_id", np.arange(len(dataset), dtype=np.int64))  # type: ignore[arg-type]
-    ids = _values(dataset, "example_id")
-    if dataset.features["example_id"].dtype != "int64" or None in ids or len(set(ids)) != len(ids):
-        raise ValueError('column "example_id": the ids must be unique int64 numbers. Remove it to get new ones.')
-    return dataset
+    table = _one_table(parts, str(source))
+    return Dataset(table, fingerprint=_digest(table))
 
 
 def _read_source(source: str, role: str, split: str) -> Iterator[tuple[str, Rows]]:
@@ -226,63 +147,127 @@ def _read_file(path: Path, name: str) -> Rows:
     kind = _kind(path)
     if kind not in SUFFIXES:
         raise ValueError(f"{name}: unknown kind of file. Give one of {', '.join(SUFFIXES)}.")
-    with _one_line(f"{name}: cannot be read as {'Parquet' if kind == '.parquet' else 'UTF-8 text'}"):
-        if kind == ".parquet":
+    if kind == ".parquet":
+        with _one_line(f"{name}: cannot be read as Parquet"):
             return Dataset(pq.read_table(path, partitioning=None))
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            text = file.read().decode("utf-8-sig")
-    if not text.strip():
-        return []
+    lines = _lines(path, name)
     if kind in (".csv", ".tsv"):
-        return _parse_csv(text, name, "," if kind == ".csv" else "\t")
-    return _parse_json(text, name, is_list=kind == ".json" and text.lstrip().startswith("["))
+        return _parse_csv(lines, name, "," if kind == ".csv" else "\t")
+    return _parse_json(lines, name) if kind == ".json" else _parse_json_lines(lines, name)
 
 
-def _parse_json(text: str, name: str, is_list: bool) -> list[dict[str, Any]]:
-    rows: list[Any] = []
-    # Split at \n alone: U+2028 and its like may stand inside a JSON string.
-    for i, piece in enumerate([text] if is_list else text.rstrip().split("\n")):
-        try:
-            value = json.loads(piece)
-        except json.JSONDecodeError as error:
-            where = f"line {error.lineno}" if is_list else f"row {i} (line {i + 1}), which must be one whole object"
-            problem = f"not valid JSON ({error.msg} at character {error.colno})"
-            raise ValueError(f"{name}, {where}: {problem}. Correct it.") from error
-        rows.extend(value if is_list else [value])
-    may_break = re.search(r"\\u[dD][89a-fA-F]", text) is not None
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{_at(name, i)}: {reprlib.repr(row)} is not an object with named values. Correct it.")
-        if may_break:  # JSON may escape half of a surrogate pair, which no UTF-8 text can hold
-            with _one_line(f"{_at(name, i)}: half of a surrogate pair"):
-                json.dumps(row, ensure_ascii=False).encode()
-    return rows
+def _lines(path: Path, name: str) -> Iterator[str]:
+    """Yield the lines of a text file, with their ends, split at \\n alone: U+2028 may stand inside a JSON string."""
+    with (
+        _one_line(f"{name}: cannot be read as UTF-8 text"),
+        gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file,
+    ):
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                error.reason += f" (line {number})"
+                raise
 
 
-def _parse_csv(text: str, name: str, delimiter: str) -> list[dict[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 KiB, is less than a long answer
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[dict[str, Any]] = []
+def _parse_json(lines: Iterator[str], name: str) -> Iterator[dict[str, Any]]:
+    """Parse a list of objects, or objects on lines of their own."""
+    text = "".join(lines)
+    if not text.lstrip().startswith("["):
+        yield from _parse_json_lines(iter(text.split("\n")), name)
+        return
     try:
-        header = next(reader)
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}, line {error.lineno}: {_not_json(error)}") from error
+    may_break = _HALF_A_PAIR.search(text) is not None
+    for i, row in enumerate(rows):
+        _check_object(row, name, i, may_break)
+        yield row
+
+
+def _parse_json_lines(lines: Iterator[str], name: str) -> Iterator[dict[str, Any]]:
+    num_blank = 0  # in a row; those at the end of the file are none of its rows
+    for i, line in enumerate(lines):
+        if not line.strip():
+            num_blank += 1
+            continue
+        first, text = (i, line.removesuffix("\n")) if num_blank == 0 else (i - num_blank, "")
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            where = f"row {first} (line {first + 1}), which must be one whole object"
+            raise ValueError(f"{name}, {where}: {_not_json(error)}") from error
+        _check_object(row, name, i, _HALF_A_PAIR.search(text) is not None)
+        yield row
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    return f"not valid JSON ({error.msg} at character {error.colno}). Correct it."
+
+
+def _check_object(row: Any, name: str, i: int, may_break: bool) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{place_in_file(name, i)}: {reprlib.repr(row)} is not an object with named values. Correct it."
+        )
+    if may_break:  # JSON may escape half of a surrogate pair, which no UTF-8 text can hold
+        with _one_line(f"{place_in_file(name, i)}: half of a surrogate pair"):
+            json.dumps(row, ensure_ascii=False).encode()
+
+
+def _parse_csv(lines: Iterator[str], name: str, delimiter: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 KiB, is less than a long answer
+    # The reader wants lines that end at a bare \r as well.
+    lines = chain.from_iterable(io.StringIO(line, newline="") for line in lines)
+    reader, num_rows = csv.reader(lines, delimiter=delimiter, strict=True), 0
+    try:
+        header = next(reader, [])
         if len(set(header)) < len(header):
             raise csv.Error(f"a column is named twice in the header {', '.join(header)}")
-        for values in reader:
-            if values and len(values) != len(header):
-                raise csv.Error(f"{len(values)} values for {len(header)} columns")
-            if values:
-                rows.append(dict(zip(header, values, strict=True)))
+        for row in reader:
+            if row and len(row) != len(header):
+                raise csv.Error(f"{len(row)} values for {len(header)} columns")
+            if row:
+                yield dict(zip(header, row, strict=True))
+                num_rows += 1
     except csv.Error as error:
-        where = f"{name}, row {len(rows)} (line {reader.line_num})"
+        where = f"{name}, row {num_rows} (line {reader.line_num})"
         raise ValueError(f"{where}: {error}. Check the separators and the quotes.") from error
-    return rows
 
 
-def _canonical(rows: Rows, name: str, named: tuple[str, ...], weight_column: str | None) -> dict[str, list[Any]]:
+def _canonical(rows: Rows, name: str, named: tuple[str, ...], weight_column: str | None) -> pa.Table:
     """Check the rows of one file under its own column names, then bring them into the columns of `load_rows`."""
-    if len(rows) == 0:
+    place = partial(place_in_file, name)
+    check, tables, weights = ContentCheck(place), list[pa.Table](), list[Any]()
+    found, used = dict[str, None](), tuple[str, ...]()
+    for batch in batches(rows):
+        found |= dict.fromkeys(chain.from_iterable(batch) if isinstance(batch, list) else batch.column_names)
+        used = _layout(list(found), named, weight_column, name, before=used)
+        names = dict(zip(used if used == ("text",) else KINDS[len(used)], used, strict=True))
+        columns = {kind: column_values(batch, column) for kind, column in names.items()}
+        if "messages" in columns:
+            columns["messages"] = [_chatml(messages) for messages in columns["messages"]]
+        if weight_column is not None:
+            weights += column_values(batch, weight_column)
+        if check.add(columns, names):
+            with _one_line(f"{name}: the rows do not fit into one table"):
+                tables.append(pa.table(_with_whole_prompts(columns, is_verbatim=used == LAYOUTS[0])))
+    if check.num_rows == 0:
         raise ValueError(f"{name}: there are no rows. Give a file with at least one row.")
-    found = list(dict.fromkeys(key for row in rows for key in row)) if isinstance(rows, list) else rows.column_names
+    logger.info("%s: %d rows from the columns %s of %s", name, check.num_rows, ", ".join(used), ", ".join(found))
+    check.finish()
+    table = _one_table(tables, name)
+    if weight_column is not None:
+        table = table.append_column("weight", pa.array(check_weights(weights, weight_column, place)))
+    table = table.append_column("row", pa.array(np.arange(len(table))))
+    return table.append_column("source", pa.repeat(name, len(table)))
+
+
+def _layout(
+    found: list[str], named: tuple[str, ...], weight_column: str | None, name: str, before: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the columns to read of those found so far; `before`: those that were read of the rows above."""
     used = named or next((layout for layout in LAYOUTS if set(layout) <= set(found)), ())
     if not used:
         unknown = f"no known layout fits the columns {', '.join(found)}"
@@ -290,26 +275,36 @@ def _canonical(rows: Rows, name: str, named: tuple[str, ...], weight_column: str
     for column in (*used, weight_column or used[0]):
         if column not in found:
             raise ValueError(f'{name}: there is no column "{column}"; there is {", ".join(found)}.')
-    logger.info("%s: %d rows from the columns %s of %s", name, len(rows), ", ".join(used), ", ".join(found))
-    kinds = KINDS[len(used)] if used != ("text",) else used
-    place = partial(_at, name)
-    columns = {kind: _values(rows, column) for kind, column in zip(kinds, used, strict=True)}
-    if "messages" in columns:
-        columns["messages"] = [_chatml(messages) for messages in columns["messages"]]
-    _check_content(columns, dict(zip(kinds, used, strict=True)), place)
-    prompts, inputs = columns.get("prompt", []), columns.pop("input", None)
+    if before and set(used) - set(before) - {"input"}:  # rows without an input may come first
+        change = f"the first rows have the columns {', '.join(before)}, later ones {', '.join(used)}"
+        raise ValueError(f"{name}: {change}. Give all rows the same.")
+    return used
+
+
+def _with_whole_prompts(columns: dict[str, list[Any]], is_verbatim: bool) -> dict[str, list[Any]]:
+    """Join instruction and input, and end text prompts with a newline."""
+    prompts, inputs = columns.get("prompt", []), columns.get("input")
     if inputs:
         prompts = [f"{a}\n\n{b}" if b and b.strip() else a for a, b in zip(prompts, inputs, strict=True)]
-    if prompts:
-        is_verbatim = used == ("prompt", "completion") or isinstance(prompts[0], list)
-        columns["prompt"] = [p if is_verbatim or p.endswith("\n") else p + "\n" for p in prompts]
-    if weight_column is not None:
-        columns["weight"] = _weights(_values(rows, weight_column), weight_column, place)
-    return {**columns, "row": list(range(len(rows))), "source": [name] * len(rows)}
+    if prompts and isinstance(prompts[0], str) and not is_verbatim:
+        prompts = [prompt if prompt.endswith("\n") else prompt + "\n" for prompt in prompts]
+    joined = {"prompt": prompts} if prompts else {}
+    return joined | {kind: column for kind, column in columns.items() if kind not in ("prompt", "input")}
 
 
-def _values(rows: Rows, column: str) -> list[Any]:
-    return [row.get(column) for row in rows] if isinstance(rows, list) else rows.with_format(None)[column][:]
+def _one_table(tables: list[pa.Table], name: str) -> pa.Table:
+    with _one_line(f"{name}: the rows do not fit into one table"):
+        # permissive: some messages have fields that others have not
+        return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _digest(table: pa.Table) -> str:
+    """Hash all bytes of a table. `datasets` would pickle it for that, in four times its memory."""
+    digest = hashlib.blake2b(str(table.schema).encode(), digest_size=8)
+    for column in table.columns:
+        for buffer in chain.from_iterable(chunk.buffers() for chunk in column.chunks):
+            digest.update(buffer or b"")
+    return digest.hexdigest()
 
 
 def _chatml(messages: Any) -> Any:
@@ -320,99 +315,3 @@ def _chatml(messages: Any) -> Any:
         {"role": SHAREGPT_ROLES.get(str(m.get("from")), m.get("from")), "content": m["value"]} if "value" in m else m
         for m in messages
     ]
-
-
-def _content_columns(dataset: Dataset, role: str) -> list[str]:
-    for names in (["prompt", "completion"], ["messages"], ["text"]):
-        if set(names) <= set(dataset.column_names):
-            return names
-    raise ValueError(f"{role}: neither prompt and completion, messages nor text in {', '.join(dataset.column_names)}.")
-
-
-def _check_content(columns: dict[str, list[Any]], names: dict[str, str], place: Callable[[int], str]) -> None:
-    """Raise on the first bad value; `names` gives the columns as the file calls them."""
-    are_lists = isinstance(next(iter(columns.values()))[0], list)
-    for kind, values in columns.items():
-        bad = [(i, problem) for i, value in enumerate(values) if (problem := _problem(value, kind, are_lists))]
-        if bad:
-            rows = ", ".join(str(i) for i, _ in bad[:9])
-            more = f" {len(bad)} rows of the column are bad, first {rows}." if bad[1:] else ""
-            raise ValueError(f'{place(bad[0][0])}, column "{names[kind]}": {bad[0][1]}.{more}')
-
-
-def _problem(value: Any, kind: str, are_lists: bool) -> str | None:
-    noun = {"completion": "response", "messages": "list of messages"}.get(kind, kind)
-    if isinstance(value, list) and kind in ("prompt", "completion", "messages"):
-        return _problem_of_messages(value, kind) if are_lists else MIXED
-    if value is None:
-        return None if kind == "input" else f"the {noun} is missing. Remove the row or fill it in"
-    if kind == "messages":
-        return f"{reprlib.repr(value)} is not a list of messages. Give a list of objects with role and content"
-    if not isinstance(value, str):
-        return f"the {noun} {reprlib.repr(value)} is not text. Put it in quotes, or convert the column to text"
-    if kind in ("completion", "text") and not value.strip():
-        return f"the {noun} is empty. Remove the row or fill it in"
-    return MIXED if are_lists else None
-
-
-def _problem_of_messages(messages: list[Any], kind: str) -> str | None:
-    if not messages:
-        return "there are no messages. Remove the row or fill it in"
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {i} has no role. Give every message a role and a content"
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            return f"the content of message {i} is {reprlib.repr(content)}, not text. Correct it"
-    answered = any(message["role"] == "assistant" and (message.get("content") or "").strip() for message in messages)
-    return None if answered or kind == "prompt" else "no message of the assistant has content. Remove the row"
-
-
-def _weights(values: list[Any], column: str, place: Callable[[int], str]) -> list[float]:
-    weights = []
-    for i, value in enumerate(values):
-        try:
-            weights.append(float(value))
-        except (TypeError, ValueError, OverflowError):
-            weights.append(math.nan)
-        if not 0 <= weights[-1] < math.inf:
-            raise ValueError(f'{place(i)}, column "{column}": the weight {value!r:.40} is not a finite number >= 0.')
-    return weights
-
-
-def row_name(dataset: Dataset, role: str, i: int) -> str:
-    """Name row `i` by its file, or by its role in a data set that `load_rows` did not make."""
-    row = dataset.with_format(None)[i]
-    is_ours = isinstance(row.get("row"), int) and isinstance(row.get("source"), str)
-    return _at(row["source"], row["row"]) if is_ours else f"{role}, row {i}"
-
-
-def _at(name: str, row: int) -> str:
-    # Only where each object has a line of its own does the row tell the line.
-    return f"{name}, row {row}" + (f" (line {row + 1})" if name.lower().endswith((".jsonl", ".jsonl.gz")) else "")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drop null fields: Arrow gives every message the fields that any message of the column has."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def report_dropped(role: str, rows: Dataset, prepared: Dataset, max_length: int | None) -> None:
-    """Say how many rows TRL left out: those whose prompt alone fills ``max_length``.
-
-    Raises:
-        ValueError: those are all rows.
-    """
-    num_dropped = len(rows) - len(prepared)
-    too_long = f"their prompt alone is longer than max_length={max_length}"
-    if num_dropped == len(rows):
-        raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise --max_length")
-    if num_dropped:
-        shown = ""
-        if "example_id" in prepared.column_names:
-            kept = set(prepared["example_id"])
-            lost = [i for i, example_id in enumerate(rows["example_id"]) if example_id not in kept]
-            shown = f" (first: {row_name(rows, role, lost[0])})"
-        logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise --max_length")

@@ -29,7 +29,6 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tamis.data import content_hashes
 from tamis.files import write_atomically
 
 FORMAT_VERSION = 2
@@ -80,7 +79,6 @@ class Recorder:
 
     def __init__(self, output_dir: str | Path):
         self.output_dir = Path(output_dir)
-        self._hashes: list[str] | None = None
 
     def write_config(self, settings: dict[str, Any], info: dict[str, Any]) -> None:
         """``settings`` are command line names and values; ``info`` goes under ``run_info``, which replays ignore."""
@@ -117,24 +115,16 @@ class Recorder:
             kept = []
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
-    def write_weights(self, train_rows: Dataset, columns: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Write ``weights.parquet``: one row per row of ``train_rows``, in its order.
+    def write_weights(self, row_table: pa.Table, columns: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Write ``weights.parquet``: one row per training row, in order.
 
         Args:
+            row_table: how each row is named, see `tamis.rows.row_table`; the same at every checkpoint.
             columns: see `tamis.weighting.RowWeighting.columns`.
         """
-        if self._hashes is None:  # the rows of a run do not change: hashed once, not at every checkpoint
-            self._hashes = content_hashes(train_rows)
-        num_rows = len(train_rows)
-        names = {
-            "example_id": np.arange(num_rows),
-            "source": train_rows["source"] if "source" in train_rows.column_names else [None] * num_rows,
-            "row": train_rows["row"] if "row" in train_rows.column_names else np.arange(num_rows),
-            "content_hash": self._hashes,
-        }
-        arrays = {name: pa.array(values, from_pandas=True) for name, values in (names | columns).items()}
-        table = pa.table(arrays)
-        table = table.cast(table.schema.set(1, pa.field("source", pa.string())))
+        table = row_table
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array(values, from_pandas=True))
         table = table.replace_schema_metadata({"tamis_format_version": str(FORMAT_VERSION)})
         write_atomically(self.output_dir / "weights.parquet", lambda path: pq.write_table(table, path))
 

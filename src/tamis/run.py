@@ -63,7 +63,7 @@ def train(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> 
     """One run of `tamis train`: loads and checks the rows, trains, saves; returns the metrics of the held-out rows.
 
     Raises:
-        ValueError: an input cannot work; see `tamis.data` and `BilevelConfig.check`.
+        ValueError: an input cannot work; see `tamis.data`, `tamis.rows` and `BilevelConfig.check`.
         NonFiniteLossError: see `BilevelTrainer`.
     """
     output_dir = Path(str(args.output_dir))

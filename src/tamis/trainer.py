@@ -21,9 +21,9 @@ from trl import SFTTrainer
 from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
 from tamis.config import BilevelConfig
-from tamis.data import attach_example_ids, check_overlap, check_rows, fingerprint, report_dropped, row_name
 from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
+from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, report_dropped, row_name, row_table
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
 from tamis.weighting import RowWeighting, check_available
@@ -99,13 +99,13 @@ class BilevelTrainer(SFTTrainer):
             "eval_dataset": eval_dataset,
         }
         datasets = {role: dataset for role, dataset in datasets.items() if dataset is not None}
-        for role, dataset in datasets.items():
-            check_rows(dataset, role)
+        hashes = {role: check_rows(dataset, role) for role, dataset in datasets.items()}
         if "validation_dataset" in datasets:
-            check_overlap(train_dataset, datasets["validation_dataset"], eval_dataset)
-        self._fingerprints = {role: fingerprint(dataset) for role, dataset in datasets.items()}
+            check_overlap(datasets, hashes)
+        self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
 
         self._train_rows = attach_example_ids(_without_ids(train_dataset))
+        self._row_table = row_table(self._train_rows, hashes["train_dataset"])
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
         report_dropped("train_dataset", self._train_rows, self.train_dataset, args.max_length)
         if isinstance(eval_dataset, Dataset):
@@ -300,7 +300,7 @@ class BilevelTrainer(SFTTrainer):
 
     def _write_weights(self) -> None:
         if self.recorder:
-            self.recorder.write_weights(self._train_rows, self.weighting.columns())
+            self.recorder.write_weights(self._row_table, self.weighting.columns())
 
     def _send_telemetry(self) -> None:
         """TRL reports every constructed trainer to its makers; a run of tamis is nobody else's business."""

@@ -27,12 +27,11 @@ from transformers import PreTrainedTokenizerBase
 
 from tamis.bilevel import penalty_gap
 from tamis.config import BilevelConfig, Resolved
-from tamis.data import row_name
-from tamis.losses import row_losses, stop_if_not_finite
+from tamis.losses import stop_if_not_finite
 from tamis.recorder import Recorder
 from tamis.refining.generation import GenerationError, check_installed, make_generator
-from tamis.refining.refiner import Refiner, RefineSettings
-from tamis.refining.responses import ResponseBuffer
+from tamis.refining.refiner import Refiner, make_refiner
+from tamis.rows import row_name
 from tamis.selection.references import ZeroReference, make_reference
 from tamis.selection.row_weights import RowWeights, SelectorWeights, make_row_weights
 from tamis.selection.scout import SCOUT_FILE, Evidence, Scout, ScoutSettings
@@ -101,7 +100,7 @@ class RowWeighting:
             score_map=resolved.score_map or "bounded",
             learning_rate=resolved.selector_learning_rate,
             temperature=args.bmo_temperature,
-            weight_N=torch.tensor(train_rows["weight"]) if selector is None and args.selector == "column" else None,
+            weight_N=torch.tensor(train_rows["weight"][:]) if selector is None and args.selector == "column" else None,
         )
         self.is_kept_N = torch.zeros(len(train_rows), dtype=torch.bool)
         self.is_kept_N[batches.training.ids] = True
@@ -116,7 +115,10 @@ class RowWeighting:
                 reduce_gradient=self._sum_over_ranks,
             )
         self.scout = self._make_scout()
-        self.refiner = self._make_refiner() if args.refine_fraction else None
+        self.refiner: Refiner | None = None
+        if args.refine_fraction:
+            generator = make_generator(model, accelerator, processing_class, args, resolved.generation_batch_size)
+            self.refiner = make_refiner(args, resolved, generator, model, batches, self.row_weights, self.scout)
         self.evidence: Evidence | None = None  # of the scout, once there has been one
         self._step = 0
         self._window: list[tuple[Tensor, ...]] = []
@@ -134,42 +136,6 @@ class RowWeighting:
             batch_size=2 * self.args.per_device_train_batch_size,  # no gradients are kept: twice the rows fit
             keep=bool(self.args.refine_fraction),
             show_progress=not self.args.disable_tqdm,
-        )
-
-    def _make_refiner(self) -> Refiner:
-        args, batch_size = self.args, self.resolved.generation_batch_size
-
-        def losses(responses: Dataset) -> Tensor:
-            title = "" if args.disable_tqdm else "log-probabilities"
-            collate = self.batches.collate_rows
-            return row_losses(self.model, responses, collate, self.accelerator, batch_size=batch_size, title=title)
-
-        return Refiner(
-            RefineSettings(
-                fraction=args.refine_fraction,
-                start=self.resolved.refine_start,
-                every=args.refine_every,
-                policy=args.refine_policy,
-                num_generations=args.num_generations,
-                max_length=args.max_length,
-                seed=args.seed,
-            ),
-            ResponseBuffer(
-                response_weighting=args.response_weighting,
-                temperature=args.response_temperature,
-                ratio_level=args.ratio_level,
-                ratio_clip=args.ratio_clip,
-                seed=args.seed,
-            ),
-            make_generator(self.model, self.accelerator, self.processing_class, args, batch_size),
-            rows=self.batches.training,
-            row_weights=self.row_weights,
-            scout=self.scout,
-            losses=losses,
-            autocast=self.accelerator.autocast,
-            model=self.model,
-            rank=self.accelerator.process_index,
-            num_ranks=self.accelerator.num_processes,
         )
 
     @property

@@ -25,11 +25,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 
+from tamis.config import BilevelConfig, Resolved
+from tamis.losses import row_losses
 from tamis.refining.generation import Completion, GenerationError, Generator, verify
 from tamis.refining.responses import RefinedRow, Response, ResponseBuffer
 from tamis.selection.row_weights import RowWeights, SelectorWeights
 from tamis.selection.scout import Scout
-from tamis.stream import BatchRows, MicroBatch, PreparedRows, Substitute, as_row, prompt_and_response
+from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, Substitute, as_row, prompt_and_response
 
 logger = logging.getLogger(__name__)
 
@@ -346,3 +348,48 @@ class Refiner:
 def in_steps(setting: float, max_steps: int) -> int:
     """A number of steps as it is, a part of all steps (below 1) as their number."""
     return int(setting * max_steps) if setting < 1 else int(setting)
+
+
+def make_refiner(
+    args: BilevelConfig,
+    resolved: Resolved,
+    generator: Generator,
+    model: nn.Module,
+    batches: Batches,
+    row_weights: RowWeights,
+    scout: Scout | None,
+) -> Refiner:
+    """The refiner that the settings ask for; the rest is its trainer's."""
+    accelerator = batches.accelerator
+
+    def losses(rows: Dataset) -> Tensor:
+        title, size = "" if args.disable_tqdm else "log-probabilities", resolved.generation_batch_size
+        return row_losses(model, rows, batches.collate_rows, accelerator, batch_size=size, title=title)
+
+    return Refiner(
+        RefineSettings(
+            fraction=args.refine_fraction,
+            start=resolved.refine_start,
+            every=args.refine_every,
+            policy=args.refine_policy,
+            num_generations=args.num_generations,
+            max_length=args.max_length,
+            seed=args.seed,
+        ),
+        ResponseBuffer(
+            response_weighting=args.response_weighting,
+            temperature=args.response_temperature,
+            ratio_level=args.ratio_level,
+            ratio_clip=args.ratio_clip,
+            seed=args.seed,
+        ),
+        generator,
+        rows=batches.training,
+        row_weights=row_weights,
+        scout=scout,
+        losses=losses,
+        autocast=accelerator.autocast,
+        model=model,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
