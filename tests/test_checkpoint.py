@@ -1,10 +1,18 @@
 """The file of our own state: what was saved comes back, and nothing that belongs to another run."""
 
+import json
+import logging
+import re
+from dataclasses import fields
+
 import pytest
 import torch
+from conftest import PLAIN
 from safetensors import safe_open
+from trl import SFTConfig
 
-from tamis.checkpoint import STATE_FILE, load_state, refuse_foreign, save_state
+from tamis import BilevelConfig
+from tamis.checkpoint import STATE_FILE, identify, load_state, refuse_foreign, save_state
 
 STATE = {
     "row_weights.score_N": torch.tensor([0.1, 1 / 3, float("nan")]),
@@ -14,8 +22,16 @@ STATE = {
 }
 
 
+ROWS = {"train_dataset": "abc", "validation_dataset": "def", "eval_dataset": "ghi"}
+
+
+def identity(tmp_path, rows=ROWS, selector="mirror", num_ranks=1, **settings):
+    args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | settings)
+    return identify(args, args.resolve(), rows, selector, num_ranks)
+
+
 def test_the_state_comes_back_bit_for_bit(tmp_path):
-    save_state(tmp_path, STATE, num_tokens=123, fingerprint="abc")
+    save_state(tmp_path, STATE, num_tokens=123, identity=identity(tmp_path))
     state, num_tokens = load_state(tmp_path)
     assert num_tokens == 123 and state.keys() == STATE.keys()
     for name, tensor in STATE.items():
@@ -24,16 +40,70 @@ def test_the_state_comes_back_bit_for_bit(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
 
 
-def test_checkpoints_of_other_rows_or_other_makers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="it was not written by tamis"):
-        refuse_foreign(tmp_path, "abc")
-    save_state(tmp_path, STATE, num_tokens=0, fingerprint="abc")
-    refuse_foreign(tmp_path, "abc")
-    with pytest.raises(ValueError, match="written while training on other rows"):
-        refuse_foreign(tmp_path, "abd")
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"score_map": "softmax"}, "score_map: bounded -> softmax"),
+        ({"selector": "bmo"}, "selector: mirror -> bmo"),
+        ({"selector_learning_rate": 1.0}, "selector_learning_rate: 1.75 -> 1.0"),
+        ({"scout_ratio": 0.0}, "scout_ratio: 0.25 -> 0.0"),
+        ({"reference": "zero"}, "reference: base -> zero"),
+        ({"rho": 0.3}, "rho: 0.5 -> 0.3"),
+        ({"loss_reduction": "token"}, "loss_reduction: example -> token"),
+        ({"refine_fraction": 0.5}, "refine_fraction: 0.0 -> 0.5"),
+        ({"seed": 1}, "seed: 42 -> 1"),
+        ({"max_length": 12}, "max_length: 1024 -> 12"),
+        ({"per_device_train_batch_size": 8}, "training rows a step: 4 -> 8"),
+        ({"per_device_validation_batch_size": 1}, "validation rows a step: 4 -> 1"),
+        ({"num_ranks": 2}, "training rows a step: 4 -> 8"),
+        ({"rows": ROWS | {"train_dataset": "abd"}}, "train_dataset: other rows, or the same in another order"),
+        ({"rows": ROWS | {"validation_dataset": "x"}}, "validation_dataset: other rows"),
+    ],
+)
+def test_a_changed_meaning_is_refused_with_what_differs(tmp_path, change, difference):
+    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
+    with pytest.raises(ValueError, match=re.escape(difference)):
+        refuse_foreign(tmp_path, identity(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "announced"),
+    [
+        ({}, []),
+        ({"output_dir": "elsewhere"}, []),
+        ({"learning_rate": 2e-3}, ["learning_rate: 0.001 -> 0.002"]),
+        ({"logging_steps": 5, "max_steps": 9}, ["logging_steps: 1 -> 5", "max_steps: default -> 9"]),
+        ({"rows": {n: ROWS[n] for n in ("train_dataset", "validation_dataset")}}, ["eval_dataset: other rows"]),
+        ({"num_ranks": 2, "per_device_train_batch_size": 2}, []),
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, []),
+        ({"refine_on_error": "continue"}, ["refine_on_error: default -> continue"]),
+    ],
+)
+def test_a_harmless_change_is_announced(tmp_path, caplog, change, announced):
+    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
+    with caplog.at_level(logging.INFO, logger="tamis"):
+        refuse_foreign(tmp_path, identity(tmp_path, **change))
+    assert len(caplog.messages) == len(announced)
+    assert all(text in message for text, message in zip(announced, caplog.messages, strict=True))
+
+
+def test_every_setting_of_ours_gives_the_state_a_meaning_or_is_said_not_to(tmp_path):
+    """A new field must be thought about: by default it may not change."""
+    found = identity(tmp_path)
+    own = {f.name for f in fields(BilevelConfig)} - {f.name for f in fields(SFTConfig)}
+    assert own - found.meaning.keys() - {"per_device_validation_batch_size"} == {
+        "refine_on_error", "generation_batch_size", "generator", "vllm_mode", "vllm_server_base_url",
+        "vllm_gpu_memory_utilization",
+    }  # fmt: skip
+
+
+def test_checkpoints_of_other_makers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not by tamis, and cannot be resumed"):
+        refuse_foreign(tmp_path, identity(tmp_path))
 
 
 def test_nothing_is_pickled(tmp_path):
-    save_state(tmp_path, STATE, num_tokens=0, fingerprint="abc")
+    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
     with safe_open(tmp_path / STATE_FILE, "pt") as state:
-        assert state.metadata() == {"train_dataset": "abc"} and "refiner.token_ids" in state.keys()  # noqa: SIM118
+        assert json.loads(state.metadata()["meaning"])["train_dataset"] == "abc"
+        assert "refiner.token_ids" in state.keys()  # noqa: SIM118

@@ -259,7 +259,7 @@ def test_another_dataset_is_refused_and_nothing_is_lost(run, tmp_path, train):
 def test_a_checkpoint_of_another_trainer_is_refused(run, tmp_path):
     cut_short(run)
     (tmp_path / "cut" / "checkpoint-2" / "tamis.safetensors").unlink()
-    with pytest.raises(ValueError, match="was not written by tamis"):
+    with pytest.raises(ValueError, match="not by tamis, and cannot be resumed"):
         run("cut").train(resume_from_checkpoint=True)
 
 

@@ -134,6 +134,8 @@ class BilevelTrainer(SFTTrainer):
             recorder=self.recorder,
         )
         self.weighting.plan(self._num_steps())
+        name, num_ranks = args.selector if selector is None else type(selector).__name__, args.world_size
+        self._identity = checkpoints.identify(args, self.resolved, self._fingerprints, name, num_ranks)
 
     def _num_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -251,7 +253,7 @@ class BilevelTrainer(SFTTrainer):
         if resume is True:
             resume = last_complete_checkpoint(str(self.args.output_dir))
         if resume:
-            checkpoints.refuse_foreign(resume, self._fingerprints["train_dataset"])
+            checkpoints.refuse_foreign(resume, self._identity)
         announcements = [*self.resolved.announcements, *self.weighting.announcements]
         for line in announcements:
             logger.info(line)
@@ -285,8 +287,8 @@ class BilevelTrainer(SFTTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            state, fingerprint = self.weighting.state_dict(), self._fingerprints["train_dataset"]
-            checkpoints.save_state(output_dir, state, self._total_train_tokens, fingerprint)
+            state = self.weighting.state_dict()
+            checkpoints.save_state(output_dir, state, self._total_train_tokens, self._identity)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
