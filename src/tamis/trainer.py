@@ -204,7 +204,6 @@ class BilevelTrainer(SFTTrainer):
         stop_if_not_finite(loss_B, lambda place: self._row_name(rows, place), self.state.global_step)
         weights_L = self.weighting.weights(rows, inputs, loss_B)
         coefficients_B = row_coefficients(weights_L, self.current_rho(), rows.share_B)
-        self._total_train_tokens += int(rows.num_tokens_B.sum()) * self.accelerator.num_processes
         # DDP averages the gradients over the ranks; the coefficients sum to one over all of them.
         loss = (coefficients_B.to(nll_B.device) * nll_B).sum() * self.accelerator.num_processes
         if self.aux_loss_enabled:
@@ -223,7 +222,9 @@ class BilevelTrainer(SFTTrainer):
         """See [`~transformers.Trainer`]; after the last micro-batch of a step the weighting is updated."""
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            for name, value in self.weighting.commit(self._get_learning_rate()).items():
+            metrics = self.weighting.commit(self._get_learning_rate())
+            self._total_train_tokens += int(metrics.pop("num_tokens"))
+            for name, value in metrics.items():
                 self._metrics["train"][name].append(value)
         return loss
 

@@ -269,8 +269,8 @@ class RowWeighting:
         log_prob_L = -loss_L * rows.num_tokens_B[:num_training]
         coefficient_L = self.refiner.coefficients(rows, log_prob_L) if self.refiner else torch.ones(num_training)
         weights_L = self.row_weights.weights(ids_L, excess_L) * coefficient_L
-        seen = (ids_L, loss_L, excess_L, weights_L, rows.responses_L, log_prob_L, coefficient_L, loss_B[num_training:])
-        self._window.append(seen)
+        of_training = (ids_L, loss_L, excess_L, weights_L, rows.responses_L, log_prob_L, coefficient_L)
+        self._window.append((*of_training, loss_B[num_training:], rows.num_tokens_B))
         return weights_L
 
     def backward(self, coefficients_L: Tensor) -> None:
@@ -281,6 +281,8 @@ class RowWeighting:
     def commit(self, learning_rate: float) -> dict[str, float]:
         """End an optimizer step: update by the rows of all its micro-batches and ranks; returns their metrics.
 
+        Losses are means over the rows of the step; ``num_tokens`` is how many tokens it trained on.
+
         Args:
             learning_rate: of the model in this step.
         """
@@ -289,8 +291,8 @@ class RowWeighting:
             window = gather_object(window)
         parts = [torch.cat(part) for part in zip(*(batch for rank in window for batch in rank), strict=True)]
         self._window = []
-        ids, loss, excess, weights, responses, log_prob, coefficient, validation_loss = parts
-        metrics, self._refresh_metrics = self._refresh_metrics, {}
+        ids, loss, excess, weights, responses, log_prob, coefficient, validation_loss, num_tokens = parts
+        metrics, self._refresh_metrics = self._refresh_metrics | {"num_tokens": int(num_tokens.sum())}, {}
         if len(ids):
             self.row_weights.update(ids, loss, excess)
             metrics = metrics | {
