@@ -454,11 +454,11 @@ def test_overlap(tmp_path, caplog):
         return load(write(tmp_path / name, [{"text": text} for text in texts]))
 
     train = rows("train.jsonl", "abcdefgh")
-    assert check_overlap(train, rows("val.jsonl", "xy"), rows("test.jsonl", "z")) == []
+    assert check_overlap(train, rows("val.jsonl", "xy"), {"eval_dataset": rows("test.jsonl", "z")}) == []
     assert check_overlap(train, rows("val.jsonl", "xy")) == []
 
     with caplog.at_level(logging.WARNING, logger="tamis"):
-        found = check_overlap(train, rows("val.jsonl", "xhba"), rows("test.jsonl", "cdefz"))
+        found = check_overlap(train, rows("val.jsonl", "xhba"), {"eval_dataset": rows("test.jsonl", "cdefz")})
     assert len(found) == 2
     assert found[0].startswith(
         "validation_dataset and train_dataset share 3 row(s), first val.jsonl, row 1 (line 2) = train.jsonl, row 7 "
@@ -468,7 +468,7 @@ def test_overlap(tmp_path, caplog):
     assert found[1].count(" = ") == 3
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == found
 
-    text = message_of(lambda: check_overlap(train, rows("val.jsonl", "xy"), rows("test.jsonl", "zy")))
+    text = message_of(lambda: check_overlap(train, rows("val.jsonl", "xy"), {"eval_dataset": rows("test.jsonl", "zy")}))
     assert text.startswith(
         "validation_dataset and eval_dataset share 1 row(s), first val.jsonl, row 1 (line 2) = test.jsonl, row 1 (line "
     )

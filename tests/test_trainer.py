@@ -372,7 +372,7 @@ def test_evaluation_against_generation(bilevel):
         answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=False)
         num_right += answer.replace(" ", "").split("<pad>")[0] == row["completion"] + "<eos>"
     assert 0 < num_right < 7
-    assert metrics["eval_exact_match"] == pytest.approx(num_right / 7)
+    assert metrics["eval_teacher_forced_match"] == pytest.approx(num_right / 7)
 
 
 def test_held_out_rows_may_have_other_columns(bilevel):
@@ -388,7 +388,7 @@ def test_evaluation_while_training_does_not_change_the_run(bilevel):
     without = bilevel(pairs(8), pairs(4, 95), max_steps=4)
     without.train()
     assert_close(parameters(with_evaluation.model), parameters(without.model), atol=0)
-    assert sum("eval_exact_match" in line for line in with_evaluation.state.log_history) == 4
+    assert sum("eval_teacher_forced_match" in line for line in with_evaluation.state.log_history) == 4
 
 
 def test_validation_rows_are_refused_where_they_are_held_out(bilevel):

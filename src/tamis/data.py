@@ -99,7 +99,7 @@ def check_rows(dataset: Dataset, role: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"{role}: there are no rows. Give a data set with at least one row.")
     place = partial(row_name, dataset, role)
-    columns = {column: _values(dataset, column) for column in _content_columns(dataset, role)}
+    columns = {column: _values(dataset, column) for column in content_columns(dataset, role)}
     _check_content(columns, {column: column for column in columns}, place)
     if "weight" in dataset.column_names:
         _weights(_values(dataset, "weight"), "weight", place)
@@ -110,7 +110,7 @@ def content_hashes(dataset: Dataset) -> list[str]:
 
     Other columns and the order of rows do not enter, nor do fields of a message that are null.
     """
-    columns = _content_columns(dataset, "dataset")
+    columns = content_columns(dataset, "dataset")
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*(_values(dataset, c) for c in columns), strict=True))
     texts = (json.dumps(_without_nulls(row), ensure_ascii=False, sort_keys=True) for row in rows)
     return [hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for text in texts]
@@ -121,23 +121,22 @@ def fingerprint(dataset: Dataset) -> str:
     return hashlib.blake2b("".join(content_hashes(dataset)).encode(), digest_size=8).hexdigest()
 
 
-def check_overlap(train: Dataset, validation: Dataset, evaluation: Dataset | None = None) -> list[str]:
-    """Look for the same row (prompt and response) in two of the data sets.
+def check_overlap(train: Dataset, validation: Dataset, held_out: Mapping[str, Dataset] | None = None) -> list[str]:
+    """Look for the same row (prompt and response) in two of the data sets; those held out are given by role.
 
     Returns:
-        The warnings, also logged: rows of the validation or held-out set that are trained on as well.
+        The warnings, also logged: rows of the validation or a held-out set that are trained on as well.
 
     Raises:
-        ValueError: validation and evaluation share a row, so that the result could not be trusted.
+        ValueError: validation and a held-out set share a row, so that the result could not be trusted.
     """
-    datasets = {"train_dataset": train, "validation_dataset": validation}
-    if evaluation is not None:
-        datasets["eval_dataset"] = evaluation
+    held_out = held_out or {}
+    datasets = {"train_dataset": train, "validation_dataset": validation, **held_out}
     hashes = {role: content_hashes(dataset) for role, dataset in datasets.items()}
 
     def shared(first: str, second: str, consequence: str) -> list[str]:
-        index = {digest: j for j, digest in reversed(list(enumerate(hashes.get(second, []))))}
-        found = [(i, index[digest]) for i, digest in enumerate(hashes.get(first, [])) if digest in index]
+        index = {digest: j for j, digest in reversed(list(enumerate(hashes[second])))}
+        found = [(i, index[digest]) for i, digest in enumerate(hashes[first]) if digest in index]
         shown = [
             f"{row_name(datasets[first], first, i)} = {row_name(datasets[second], second, j)}" for i, j in found[:3]
         ]
@@ -145,10 +144,12 @@ def check_overlap(train: Dataset, validation: Dataset, evaluation: Dataset | Non
             : len(found)
         ]
 
-    for message in shared("validation_dataset", "eval_dataset", "Remove them from one of the two."):
-        raise ValueError(message)
+    for role in held_out:
+        for message in shared("validation_dataset", role, "Remove them from one of the two."):
+            raise ValueError(message)
     messages = shared("validation_dataset", "train_dataset", "The choice of rows will favour them.")
-    messages += shared("eval_dataset", "train_dataset", "The result on them says nothing about new rows.")
+    for role in held_out:
+        messages += shared(role, "train_dataset", "The result on them says nothing about new rows.")
     for message in messages:
         logger.warning(message)
     return messages
@@ -322,7 +323,8 @@ def _chatml(messages: Any) -> Any:
     ]
 
 
-def _content_columns(dataset: Dataset, role: str) -> list[str]:
+def content_columns(dataset: Dataset, role: str) -> list[str]:
+    """The columns that TRL reads of the rows; raises ValueError where none of its text formats fits."""
     for names in (["prompt", "completion"], ["messages"], ["text"]):
         if set(names) <= set(dataset.column_names):
             return names
