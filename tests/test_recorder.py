@@ -138,7 +138,7 @@ def test_a_run_leaves_its_settings_and_metrics(bilevel, tmp_path):
         "ess_ratio",
     }
     assert all(line.keys() >= shown | {"weight_entropy", "num_tokens"} for line in lines[:3])
-    assert lines[3].keys() >= {"eval_loss", "eval_exact_match"} and lines[4].keys() >= {"train_runtime"}
+    assert lines[3].keys() >= {"eval_loss", "eval_teacher_forced_match"} and lines[4].keys() >= {"train_runtime"}
     assert all(0 < line["ess_ratio"] <= 1 for line in lines[:3])
     assert not [path for path in (tmp_path / "run").rglob("*.tmp")]
 

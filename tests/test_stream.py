@@ -24,15 +24,16 @@ from tamis.stream import (
 def sampler(
     num_training=20, num_validation=7, training=4, validation=3, epoch=0, seed=0, **settings
 ) -> BilevelBatchSampler:
-    return BilevelBatchSampler(
+    made = BilevelBatchSampler(
         num_training=num_training,
         num_validation=num_validation,
         training_batch_size=training,
         validation_batch_size=validation,
         seed=seed,
-        epoch=lambda: epoch,
         **settings,
     )
+    made.set_epoch(epoch)
+    return made
 
 
 def global_batches(num_ranks: int, **settings) -> list[list[int]]:
@@ -76,13 +77,11 @@ def test_rows_follow_from_seed_and_epoch_alone():
     assert permutation(50, 0, 1, level=0).tolist() != permutation(50, 0, 1, level=1).tolist()
 
 
-def test_the_epoch_is_asked_for_when_an_iteration_starts():
-    epoch = 0
-    stream = BilevelBatchSampler(
-        num_training=20, num_validation=0, training_batch_size=4, validation_batch_size=4, seed=0, epoch=lambda: epoch
-    )
+def test_another_epoch_is_another_permutation():
+    stream = sampler(num_validation=0)
     first = list(stream)
-    epoch = 1
+    assert list(stream) == first, "until an epoch is said to be over"
+    stream.set_epoch(1)
     assert list(stream) != first and list(stream) == list(sampler(num_validation=0, epoch=1))
 
 
@@ -172,6 +171,15 @@ def test_a_batch_names_and_counts_its_rows(reduction, shares):
     assert second["rows"].share_B.tolist() == pytest.approx(shares[1]), "of the whole step, not of the micro-batch"
 
 
+@pytest.mark.parametrize("collate", [lambda rows: {"labels": torch.zeros(1, 9)}, lambda rows: {"input_ids": [1, 2]}])
+def test_a_collator_must_keep_rows_apart(collate):
+    batches = Batches(TRAINING, VALIDATION, collate, Accelerator(cpu=True), "example")
+    with pytest.raises(ValueError, match="one row of labels for each row"):
+        batches.collate([MicroBatch([9, 3], [4])])
+    with pytest.raises(ValueError, match="one row of labels for each row"):
+        batches.collate_rows(TRAINING.take([9, 3]))
+
+
 def test_a_generated_response_takes_the_place_of_the_original_one():
     substitute = {4: Substitute(index=2, token_ids=[6, 1])}
     (batch,) = batches_of("token").collate([MicroBatch([9, 4], [], substitute)])
@@ -182,7 +190,7 @@ def test_a_generated_response_takes_the_place_of_the_original_one():
 
 def test_the_stream_yields_ids():
     args = TrainingArguments(output_dir="unused", use_cpu=True)
-    stream = make_stream(TRAINING, VALIDATION, args, training_batch_size=2, validation_batch_size=1, epoch=lambda: 0)
+    stream = make_stream(TRAINING, VALIDATION, args, training_batch_size=2, validation_batch_size=1)
     batches = list(stream)
     assert sorted(chain(*(batch.training_ids for batch in batches))) == [3, 4, 9]
     assert [batch.validation_ids for batch in batches] == [[4], [4]]

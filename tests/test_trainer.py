@@ -1,11 +1,17 @@
 """A step against TRL's own trainer and against gradients row by row; accumulation, evaluation, failures."""
 
+import contextlib
 import logging
+from itertools import chain
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
+    PLAIN,
     GradientRecorder,
+    Kill,
+    Killed,
     assert_close,
     lora,
     pairs,
@@ -15,9 +21,13 @@ from conftest import (
     row_gradients,
     weighted_step,
 )
+from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
-from tamis import NonFiniteLossError
+from tamis import BilevelConfig, BilevelTrainer, NonFiniteLossError
+from tamis.checkpoint import load_state
 from tamis.losses import fused_forward
 
 PLAIN_MIXING = {"selector": "none", "rho": 0.0}
@@ -208,6 +218,39 @@ def test_global_randomness_is_not_what_picks_the_rows(bilevel):
     assert_close(parameters(first.model), parameters(second.model), atol=0)
 
 
+class StopEpoch(TrainerCallback):
+    """Ends every epoch after its second step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step % 2 == 0
+
+
+def ids_of_run(trainer, resume=False) -> list[list[int]]:
+    """The training rows of each step."""
+    ids, collate = [], trainer.batches.collate
+    trainer.batches.collate = lambda batches: ids.append(batches[0].training_ids) or collate(batches)
+    with contextlib.suppress(Killed):
+        trainer.train(resume_from_checkpoint=resume)
+    return ids
+
+
+def test_after_an_epoch_that_was_stopped_comes_another_permutation(bilevel):
+    trainer = bilevel(pairs(16), **PLAIN_MIXING, num_train_epochs=3, callbacks=[StopEpoch()])
+    ids = ids_of_run(trainer)
+    epochs = [ids[k] + ids[k + 1] for k in (0, 2, 4)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_run_that_goes_on_in_the_middle_of_an_epoch_sees_the_rows_it_would_have_seen(bilevel, tmp_path):
+    settings = PLAIN_MIXING | {"max_steps": 12, "save_strategy": "steps", "save_steps": 6}
+    expected = ids_of_run(bilevel(pairs(16), **settings, output_dir=str(tmp_path / "whole")))
+    assert sorted(chain(*expected[4:8])) == list(range(16)) and expected[4:8] != expected[:4] != expected[8:]
+    killed = ids_of_run(bilevel(pairs(16), **settings, callbacks=[Kill(7)]))
+    resumed = ids_of_run(bilevel(pairs(16), **settings), resume=True)
+    assert killed == expected[:7] and resumed == expected[6:]
+
+
 # --- LoRA, checkpointing, references ----------------------------------------------------------------------------------
 
 
@@ -355,24 +398,138 @@ def test_a_reference_that_is_not_finite_does_not_reach_the_model(bilevel):
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+def greedy(trainer, prompt: str, num_tokens: int = 12) -> str:
+    """What greedy decoding answers, without padding."""
+    tokenizer = trainer.processing_class
+    inputs = tokenizer(prompt, return_tensors="pt")
+    out = trainer.model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
+    answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
+    return answer.replace(" ", "").split("<pad>")[0]
+
+
 def test_evaluation_against_generation(bilevel):
-    train = pairs(6)
     evaluation = [*pairs(5), *pairs(2, 40)]
     trainer = bilevel(
-        train, evaluation=evaluation, **PLAIN_MIXING, learning_rate=1e-2, max_steps=60, per_device_eval_batch_size=3
+        pairs(6), evaluation=evaluation, **PLAIN_MIXING, learning_rate=1e-2, max_steps=60, per_device_eval_batch_size=3
     )
     trainer.train()
     metrics = trainer.evaluate()
     losses = [plain_loss(trainer.model, row["input_ids"], row["labels"]).item() for row in trainer.eval_dataset]
     assert metrics["eval_loss"] == pytest.approx(sum(losses) / 7, abs=1e-5)
-    tokenizer, num_right = trainer.processing_class, 0
-    for row in evaluation:
-        prompt = tokenizer(row["prompt"], return_tensors="pt")
-        out = trainer.model.generate(**prompt, do_sample=False, max_new_tokens=12, pad_token_id=0)
-        answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=False)
-        num_right += answer.replace(" ", "").split("<pad>")[0] == row["completion"] + "<eos>"
+    num_right = sum(greedy(trainer, row["prompt"]) == row["completion"] + "<eos>" for row in evaluation)
     assert 0 < num_right < 7
-    assert metrics["eval_exact_match"] == pytest.approx(num_right / 7)
+    assert metrics["eval_teacher_forced_match"] == pytest.approx(num_right / 7)
+
+
+def test_teacher_forced_match_is_not_exact_match_for_truncated_rows(bilevel):
+    """Every token that is left is right, and greedy decoding goes on where the row was cut."""
+    rows = [{"prompt": "1=", "completion": "2" * 30}]
+    trainer = bilevel(rows, evaluation=rows, **PLAIN_MIXING, learning_rate=1e-2, max_steps=25, max_length=8)
+    trainer.train()
+    assert trainer.evaluate()["eval_teacher_forced_match"] == 1
+    assert greedy(trainer, "1=", 40) == "2" * 40
+
+
+def test_teacher_forced_match_is_not_exact_match_for_messages(bilevel):
+    """Every answer is what greedy decoding gives, and the tokens of the user, who may say anything, count as well."""
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": q * 2}]} for q in "abcd"]
+    trainer = bilevel(rows, evaluation=rows, **PLAIN_MIXING, learning_rate=1e-2, max_steps=80)
+    trainer.train()
+    assert [greedy(trainer, f"<user>{q}<eos><assistant>", 3) for q in "abcd"] == [f"{q * 2}<eos>" for q in "abcd"]
+    assert trainer.evaluate()["eval_teacher_forced_match"] <= 0.25
+
+
+@pytest.fixture
+def trainers(model_dir, tmp_path):
+    """Trainers of tamis and of TRL, to evaluate with; both may have further arguments."""
+
+    def make(evaluation, **arguments):
+        settings = PLAIN | {"output_dir": str(tmp_path), "per_device_eval_batch_size": 3}
+        datasets = {"train_dataset": Dataset.from_list(pairs(4)), "eval_dataset": evaluation}
+        own = BilevelTrainer(model_dir, BilevelConfig(**settings, **PLAIN_MIXING), **datasets, **arguments)
+        return own, SFTTrainer(model_dir, SFTConfig(**settings), **datasets, **arguments)
+
+    return make
+
+
+def accuracy(prediction) -> dict[str, float]:
+    labels = prediction.label_ids[:, 1:]
+    is_right = prediction.predictions[:, :-1] == labels
+    return {"accuracy": float(is_right[labels != -100].mean()), "num_rows": float(len(labels))}
+
+
+@pytest.mark.filterwarnings("ignore:.*return_outputs=True.*:FutureWarning")  # TRL of its own path
+def test_compute_metrics_changes_no_other_metric(trainers):
+    evaluation = Dataset.from_list(pairs(5, 60))
+    shapes = []
+
+    def best(logits, labels):
+        shapes.append(logits.shape)
+        return logits.argmax(dim=-1)
+
+    arguments = {"compute_metrics": accuracy, "preprocess_logits_for_metrics": best}
+    own, trl = trainers(evaluation, **arguments)
+    found, expected = own.evaluate(), trl.evaluate()
+    assert shapes[:2] == shapes[2:] and shapes[0] != shapes[1]
+    for name in ("eval_accuracy", "eval_num_rows"):
+        assert found[name] == expected[name]
+    # TRL's are means over the two batches, of 3 and 2 rows.
+    assert found["eval_accuracy"] == pytest.approx(found["eval_mean_token_accuracy"])
+    assert found["eval_entropy"] == pytest.approx(expected["eval_entropy"], rel=0.05)
+    without = trainers(evaluation)[0].evaluate()
+    for name in ("loss", "teacher_forced_match", "mean_token_accuracy", "entropy"):
+        assert found[f"eval_{name}"] == without[f"eval_{name}"]
+    predicted = own.predict(own.eval_dataset)
+    assert predicted.metrics["test_loss"] == found["eval_loss"] and len(predicted.label_ids) == 5
+
+
+def test_several_data_sets_may_be_held_out(trainers, caplog):
+    evaluation = {"a": Dataset.from_list([*pairs(5, 60), {"prompt": "1" * 2000, "completion": "2"}, *pairs(1)])}
+    evaluation["b"] = Dataset.from_list(pairs(3, 80))
+    with caplog.at_level(logging.WARNING):
+        own, trl = trainers(evaluation)
+    assert "eval_dataset['a']: 1 of 7 rows dropped" in caplog.text
+    metrics = own.evaluate()
+    assert {name for name in trl.evaluate() if "loss" in name} == {"eval_a_loss", "eval_b_loss"}
+    for name, rows in own.eval_dataset.items():
+        losses = [plain_loss(own.model, row["input_ids"], row["labels"]).item() for row in rows]
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert own.evaluate(evaluation[name])["eval_loss"] == metrics[f"eval_{name}_loss"]
+    assert own._fingerprints.keys() == {"train_dataset", "eval_dataset['a']", "eval_dataset['b']"}
+
+
+def test_overlap_of_held_out_rows_is_said_by_name(trainers, model_dir, tmp_path, caplog):
+    evaluation = {"a": Dataset.from_list(pairs(2, 60)), "b": Dataset.from_list(pairs(3))}
+    args = BilevelConfig(**PLAIN, output_dir=str(tmp_path))
+    rows = {"train_dataset": Dataset.from_list(pairs(4)), "validation_dataset": Dataset.from_list(pairs(2, 95))}
+    BilevelTrainer(model_dir, args, **rows, eval_dataset=evaluation)
+    (message,) = [r.message for r in caplog.records if "share" in r.message]
+    assert message.startswith("eval_dataset['b'] and train_dataset share 3 row(s)")
+
+
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_rows_whose_loss_is_not_finite_are_left_out_of_the_mean_as_in_trl(bilevel, is_filtered):
+    trainer = bilevel(pairs(4), evaluation=pairs(3, 60), **PLAIN_MIXING, logging_nan_inf_filter=is_filtered)
+    metrics = trainer._row_metrics(torch.tensor([[1.0, 1, 2, 1, 3], [float("nan"), 0, 2, 1, 3], [4.0, 0, 4, 4, 2]]))
+    assert metrics["loss"] == 2.5 if is_filtered else metrics["loss"] != metrics["loss"]
+    assert metrics["teacher_forced_match"] == pytest.approx(1 / 3)
+    assert (metrics["mean_token_accuracy"], metrics["entropy"]) == (6 / 8, 1.0)
+
+
+def test_the_weights_at_the_end_are_those_of_the_best_checkpoint(bilevel, tmp_path):
+    """Each step takes the model farther away from the held-out rows, whose answers are others: the first is best."""
+    trainer = bilevel(
+        [*pairs(6), *pairs(6, 50, wrong=True)], pairs(4, 95), [{"prompt": "1=", "completion": "zzzz"}],
+        scout_ratio=0.0, reference="zero", learning_rate=3e-2, max_steps=3, load_best_model_at_end=True,
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    run, name = tmp_path / "run", "row_weights.score_N"
+    assert trainer.state.best_model_checkpoint == str(run / "checkpoint-1")
+    scores = [load_state(run / f"checkpoint-{step}")[0] for step in (1, 3)]
+    assert not torch.equal(scores[0][name], scores[1][name])
+    written = pq.read_table(run / "weights.parquet")["score"].to_numpy()
+    assert written.tolist() == scores[0][name].tolist()
 
 
 def test_held_out_rows_may_have_other_columns(bilevel):
@@ -388,7 +545,7 @@ def test_evaluation_while_training_does_not_change_the_run(bilevel):
     without = bilevel(pairs(8), pairs(4, 95), max_steps=4)
     without.train()
     assert_close(parameters(with_evaluation.model), parameters(without.model), atol=0)
-    assert sum("eval_exact_match" in line for line in with_evaluation.state.log_history) == 4
+    assert sum("eval_teacher_forced_match" in line for line in with_evaluation.state.log_history) == 4
 
 
 def test_validation_rows_are_refused_where_they_are_held_out(bilevel):

@@ -88,7 +88,7 @@ def _run_train(options: list[str]) -> int:
 
     data, args, model_args = make_train_parser().parse_args_and_config(options)
     metrics = train(data, args, model_args)
-    for name in ("eval_loss", "eval_exact_match"):
+    for name in ("eval_loss", "eval_teacher_forced_match"):
         if name in metrics:
             print(f"{name} {metrics[name]:.4f}")
     print(f"weights {args.output_dir}/weights.parquet")

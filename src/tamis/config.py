@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin
 import torch
 from trl import SFTConfig
 
+from tamis.trl_options import NO_EFFECT, given_loader_settings, is_sharded, refuse_options
+
 logger = logging.getLogger(__name__)
 
 # Scouts are gentle, so that the model learns what the validation rows want and keeps what it knew (LOG.md: on
@@ -60,7 +62,7 @@ def warn_without_effect(given: Iterable[str], inactive: dict[str, list[str]]) ->
     reasons = {name: reason for reason, names in reversed(inactive.items()) for name in names}
     for name in given:
         if name in reasons:
-            logger.warning(f"{name} is set but has no effect with {reasons[name]}")
+            logger.warning(f"{name} is set but has no effect: {reasons[name]}")
 
 
 class Resolved:
@@ -89,10 +91,10 @@ class Resolved:
 class BilevelConfig(SFTConfig):
     """Configuration of [`BilevelTrainer`]: everything of [`~trl.SFTConfig`], and the fields below."""
 
-    # TRL turns checkpointing on by a name that transformers has deprecated: the same default by the new name.
+    # None tells an old name that is set from one that is not: see `__post_init__`.
     gradient_checkpointing: bool | None = setting(None, "Deprecated: use --activation_checkpointing.")  # type: ignore[assignment]
     activation_checkpointing: bool | None = setting(
-        True, "Compute activations again in the backward pass: less memory, about 20%% slower."
+        None, "Compute activations again in the backward pass: less memory, about 20%% slower. Default: on."
     )
 
     # > Parameters that control the selection
@@ -200,6 +202,8 @@ class BilevelConfig(SFTConfig):
         self.given_settings = given_fields(self)
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False  # TRL's default is bf16, which transformers refuses on a machine with a CPU only
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True  # TRL's default, by the name that transformers has not deprecated
         super().__post_init__()
 
     # --- what was left open -----------------------------------------------------------------------------------------
@@ -275,7 +279,7 @@ class BilevelConfig(SFTConfig):
             ValueError: with the field and the remedy.
         """
         self._refuse_bad_values()
-        self._refuse_what_sft_offers()
+        refuse_options(self)
         name = f"'{self.selector}'" if selector is None else type(selector).__name__
         is_static = self.selector in ("column", "none") if selector is None else not selector.uses_excess
         if not is_static and not has_validation:
@@ -303,8 +307,13 @@ class BilevelConfig(SFTConfig):
             raise ValueError(
                 "selector 'none' gives all rows one weight: there is no lowest. Set --refine_policy random"
             )
-        given = [*self.given_settings, *(["validation_dataset"] if has_validation else [])]
-        warn_without_effect(given, self._inactive(name, is_static, selector))
+        self._refuse_pairs(is_static, selector)
+        given = [*self.given_settings, *given_loader_settings(self)]
+        given += ["validation_dataset"] if has_validation else []
+        warn_without_effect(given, self._inactive(name, is_static, selector) | NO_EFFECT)
+        if self.push_to_hub:
+            rows = ", and refinements.parquet with prompts and responses of rows" if self.refine_fraction else ""
+            logger.warning(f"push_to_hub uploads the whole of output_dir: also config.yaml and weights.parquet{rows}")
 
     def _refuse_bad_values(self) -> None:
         for name in ("rho", "rho_start", "rho_decay_ratio", "scout_ratio", "refine_fraction", "generation_top_p"):
@@ -328,17 +337,25 @@ class BilevelConfig(SFTConfig):
                 known = ", ".join(str(choice) for choice in choices if choice)
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {known}")
 
-    def _refuse_what_sft_offers(self) -> None:
-        if self.packing or self.eval_packing:
-            raise ValueError("packing joins rows, and a joined row has no weight of its own: set --packing false")
-        if self.padding_free:
-            raise ValueError("padding_free joins the rows of a batch, and the losses of rows are needed: leave it off")
-        if self.loss_type not in ("nll", "chunked_nll"):
-            raise ValueError(f"loss_type '{self.loss_type}' has no per-row log-likelihood: use --loss_type nll")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor changes what a row's loss means: set it to 0")
-        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
-            raise ValueError("skip_prepare_dataset is not supported: rows are numbered while they are prepared")
+    def _refuse_pairs(self, is_static: bool, selector: SelectorTraits | None) -> None:
+        """Settings of TRL that work on their own, but not beside what else is set."""
+        has_reference = not is_static and self.reference != "zero"
+        needs_plain_model = bool(self.resolve(selector).scout_ratio or self.refine_fraction or has_reference)
+        if needs_plain_model and is_sharded(self):
+            raise ValueError(
+                "a model sharded by FSDP or DeepSpeed runs as one wrapped module, and scouting, refining and the "
+                "references 'base' and 'tracked' need a forward of their own: set --scout_ratio 0, --refine_fraction "
+                "0 and --reference zero"
+            )
+        if self.fp16 and self.reference == "tracked" and not is_static:
+            raise ValueError("fp16 scales the loss, and the reference 'tracked' has no scaler: set --bf16 instead")
+        if self.refine_fraction and self.save_only_model and self.refine_on_error == "stop":
+            raise ValueError(
+                "save_only_model leaves nothing to resume from where a generator fails: set --refine_on_error "
+                "continue, or leave it out"
+            )
+        if self.refine_fraction and self.completion_only_loss is False:
+            raise ValueError("completion_only_loss false trains on prompts, which have no new responses: leave it out")
 
     def _inactive(self, selector_name: str, is_static: bool, selector: SelectorTraits | None) -> dict[str, list[str]]:
         """Names of settings that change nothing in this run, under the reason why; the first reason is the one said."""
@@ -349,24 +366,25 @@ class BilevelConfig(SFTConfig):
             if is_inactive:
                 inactive.setdefault(reason, []).extend(names)
 
-        with_selector = f"selector {selector_name}"
-        add(name not in ("mirror", "bmo"), with_selector, "score_map")
-        add(name not in DEFAULT_SELECTOR_LEARNING_RATE, with_selector, "selector_learning_rate")
-        add(name != "bmo", with_selector, "bmo_temperature")
-        add(name == "instance", f"the selector given to the trainer, {selector_name}", "selector")
-        add(is_static, with_selector, "reference")
-        add(self.reference != "tracked", f"reference '{self.reference}'", "reference_learning_rate")
-        add(not self.resolve(selector).scout_ratio, "no scouting", "scout_learning_rate")
-        add(self.rho_start is None, "rho_start not set", "rho_decay_ratio")
-        add(not self.uses_validation(selector), f"{with_selector} and rho {self.rho}", "validation_dataset")
-        add(not self.refine_fraction, "refine_fraction 0", *_REFINING)
+        not_read = f"selector {selector_name} does not read it"
+        add(name not in ("mirror", "bmo"), not_read, "score_map")
+        add(name not in DEFAULT_SELECTOR_LEARNING_RATE, not_read, "selector_learning_rate")
+        add(name != "bmo", not_read, "bmo_temperature")
+        add(name == "instance", f"the trainer was given a selector, {selector_name}", "selector")
+        add(is_static, not_read, "reference")
+        add(self.reference != "tracked", f"reference '{self.reference}' is not trained", "reference_learning_rate")
+        add(not self.resolve(selector).scout_ratio, "there is no scouting", "scout_learning_rate")
+        add(self.rho_start is None, "rho_start is not set", "rho_decay_ratio")
+        unused = f"selector {selector_name} with rho {self.rho} uses no validation rows"
+        add(not self.uses_validation(selector), unused, "validation_dataset")
+        add(not self.refine_fraction, "refine_fraction is 0", *_REFINING)
         uniform = self.response_weighting == "uniform"
-        add(uniform, "response_weighting 'uniform'", "response_temperature", "ratio_level", "ratio_clip")
-        add(self.generator == "vllm", "generator 'vllm'", "generation_batch_size")
+        add(uniform, "response_weighting is 'uniform'", "response_temperature", "ratio_level", "ratio_clip")
+        add(self.generator == "vllm", "generator is 'vllm'", "generation_batch_size")
         vllm = ("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization")
-        add(self.generator != "vllm", f"generator '{self.generator}'", *vllm)
-        add(self.vllm_mode == "colocate", "vllm_mode 'colocate'", "vllm_server_base_url")
-        add(self.vllm_mode == "server", "vllm_mode 'server'", "vllm_gpu_memory_utilization")
+        add(self.generator != "vllm", f"generator is '{self.generator}'", *vllm)
+        add(self.vllm_mode == "colocate", "vllm_mode is 'colocate'", "vllm_server_base_url")
+        add(self.vllm_mode == "server", "vllm_mode is 'server'", "vllm_gpu_memory_utilization")
         return inactive
 
 

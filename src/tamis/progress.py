@@ -9,7 +9,7 @@ _SHOWN = {
     "penalty_gap": "gap",
     "ess_ratio": "ESS/N",
     "eval_loss": "eval",
-    "eval_exact_match": "exact",
+    "eval_teacher_forced_match": "match",
 }
 
 

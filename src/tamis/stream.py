@@ -8,7 +8,7 @@ never from a global generator, so that a resumed run and a run on another number
 Shape suffixes: B rows of a micro-batch, training rows first; L its training rows, U its validation rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +130,6 @@ class BilevelBatchSampler(Sampler[list[int]]):
         num_training, num_validation: rows of the two datasets; ``num_validation`` may be 0.
         training_batch_size, validation_batch_size: rows of each per step and rank.
         seed: all the randomness there is.
-        epoch: returns the number of the present epoch; asked when an iteration starts, so that it is right on resume.
         rank, num_ranks: which share of the global batch this process takes.
         drop_last: leave out the last step of an epoch if it has fewer training rows than the others.
     """
@@ -143,7 +142,6 @@ class BilevelBatchSampler(Sampler[list[int]]):
         training_batch_size: int,
         validation_batch_size: int,
         seed: int,
-        epoch: Callable[[], int],
         rank: int = 0,
         num_ranks: int = 1,
         drop_last: bool = False,
@@ -151,10 +149,14 @@ class BilevelBatchSampler(Sampler[list[int]]):
         self.num_training, self.num_validation = num_training, num_validation
         self.training_batch_size = training_batch_size
         self.validation_batch_size = validation_batch_size if num_validation else 0
-        self.seed, self.epoch = seed, epoch
+        self.seed, self.epoch = seed, 0
         self.rank, self.num_ranks = rank, num_ranks
         self._order = EndlessPermutations(num_validation, seed)
         self.drop_last = drop_last
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is. `transformers` does, at the start of each and on resume."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         num_full, num_left = divmod(self.num_training, self.training_batch_size * self.num_ranks)
@@ -163,7 +165,7 @@ class BilevelBatchSampler(Sampler[list[int]]):
         return num_full + keep_last
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = self.epoch()
+        epoch = self.epoch
         order = permutation(self.num_training, self.seed, epoch, level=0)
         stride = self.training_batch_size * self.num_ranks
         for step in range(len(self)):
@@ -183,14 +185,13 @@ def make_stream(
     *,
     training_batch_size: int,
     validation_batch_size: int,
-    epoch: Callable[[], int],
 ) -> DataLoader[Any]:
     """The `MicroBatch`es of one rank.
 
     Args:
         validation: None where the steps have no validation rows.
         args: for seed and ranks.
-        training_batch_size, validation_batch_size, epoch: see `BilevelBatchSampler`.
+        training_batch_size, validation_batch_size: see `BilevelBatchSampler`.
     """
     num_training, num_validation = len(training), 0 if validation is None else len(validation)
     ids = training.ids if validation is None else torch.cat([training.ids, validation.ids])
@@ -206,13 +207,20 @@ def make_stream(
         training_batch_size=training_batch_size,
         validation_batch_size=validation_batch_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
-        epoch=epoch,
         rank=args.process_index,
         num_ranks=args.world_size,
         drop_last=args.dataloader_drop_last,
     )
     places: Any = range(num_training + num_validation)
-    return DataLoader(places, batch_sampler=sampler, collate_fn=name)
+    return _Stream(places, batch_sampler=sampler, collate_fn=name)
+
+
+class _Stream(DataLoader[Any]):
+    batch_sampler: BilevelBatchSampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """A plain loader keeps from its sampler which epoch `transformers` says it is."""
+        self.batch_sampler.set_epoch(epoch)
 
 
 class Batches:
@@ -232,7 +240,7 @@ class Batches:
         accelerator: Accelerator,
         loss_reduction: str,
     ):
-        self.training, self.validation, self.collate_rows = training, validation, collate
+        self.training, self.validation, self._collate = training, validation, collate
         self.accelerator, self.loss_reduction = accelerator, loss_reduction
 
     def collate(self, micro_batches: Sequence[MicroBatch]) -> list[dict[str, Any]]:
@@ -249,6 +257,17 @@ class Batches:
                 self._shares(num_tokens_B, len(micro_batch.training_ids), totals),
             )
         return [send_to_device(batch, self.accelerator.device) for batch in batches]
+
+    def collate_rows(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The tensors of rows, checked: a collator that joins rows would make losses of something else.
+
+        Raises:
+            ValueError: there is not one row of labels for each row.
+        """
+        batch = self._collate(rows)
+        if "labels" not in batch or len(batch["labels"]) != len(rows):
+            raise ValueError("data_collator must make one row of labels for each row: every row's loss is needed")
+        return batch
 
     def _rows(self, micro_batch: MicroBatch) -> list[dict[str, list[int]]]:
         rows = self.training.take(micro_batch.training_ids)

@@ -16,22 +16,24 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from trl import SFTTrainer
 
 from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
 from tamis.config import BilevelConfig
+from tamis.evaluation import RowEvaluation
+from tamis.inputs import check_datasets, held_out_datasets, named_datasets
 from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
-from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, report_dropped, row_name, row_table
+from tamis.rows import attach_example_ids, fingerprint, report_dropped, row_name, row_table
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
+from tamis.trl_options import refuse_arguments, refuse_parallelism
 from tamis.weighting import RowWeighting, check_available
 
 logger = logging.getLogger(__name__)
 
 
-class BilevelTrainer(SFTTrainer):
+class BilevelTrainer(RowEvaluation):
     """Trains on doubtful rows under the guidance of trusted ones, and learns a weight for every doubtful row.
 
     >>> trainer = BilevelTrainer(
@@ -47,9 +49,8 @@ class BilevelTrainer(SFTTrainer):
         args: settings; `BilevelConfig` documents what is not TRL's.
         train_dataset: the rows to weigh, in any text format of TRL. A column ``weight`` is read by ``column``.
         validation_dataset: the rows that are trusted. May be None only where the selector needs none.
-        eval_dataset: held-out rows, never trained on, never used for selection. `eval_loss` is the mean over rows of
-            the token-mean loss; `eval_exact_match` the share of rows whose every token is the model's first choice,
-            which is what greedy decoding reproduces exactly.
+        eval_dataset: held-out rows, never trained on, never used for selection; or a dict of several such data sets,
+            by name. `tamis.evaluation.RowEvaluation` documents the metrics.
         selector: a name of `BilevelConfig.selector`, or a `tamis.Selector` of your own; that of ``args`` when None.
 
     Raises:
@@ -83,33 +84,32 @@ class BilevelTrainer(SFTTrainer):
         *,
         train_dataset: Dataset,
         validation_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         selector: str | Selector | None = None,
         **kwargs: Any,
     ):
+        if not isinstance(args, BilevelConfig):
+            raise ValueError(f"args must be a BilevelConfig, got {type(args).__name__}")
+        refuse_arguments(kwargs)
         if isinstance(selector, str):
             args.selector, selector = selector, None  # type: ignore[assignment]
         check_available(args, selector)
-        has_weight = "weight" in train_dataset.column_names
-        args.check(has_validation=validation_dataset is not None, has_weight=has_weight, selector=selector)
+        datasets = named_datasets(train_dataset, validation_dataset, eval_dataset)
+        has_validation, has_weight = validation_dataset is not None, "weight" in train_dataset.column_names
+        args.check(has_validation=has_validation, has_weight=has_weight, selector=selector)
         self.resolved = args.resolve(selector)
-        datasets = {
-            "train_dataset": train_dataset,
-            "validation_dataset": validation_dataset if args.uses_validation(selector) else None,
-            "eval_dataset": eval_dataset,
-        }
-        datasets = {role: dataset for role, dataset in datasets.items() if dataset is not None}
-        hashes = {role: check_rows(dataset, role) for role, dataset in datasets.items()}
-        if "validation_dataset" in datasets:
-            check_overlap(datasets, hashes)
+        if not args.uses_validation(selector):
+            datasets.pop("validation_dataset", None)
+        hashes = check_datasets(datasets, args)
         self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
 
         self._train_rows = attach_example_ids(_without_ids(train_dataset))
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
+        refuse_parallelism(self.accelerator.parallelism_config)
         report_dropped("train_dataset", self._train_rows, self.train_dataset, args.max_length)
-        if isinstance(eval_dataset, Dataset):
-            report_dropped("eval_dataset", eval_dataset, self.eval_dataset, args.max_length)
+        for role, prepared in held_out_datasets(self.eval_dataset).items():
+            report_dropped(role, datasets[role], prepared, args.max_length)
         self._validation_rows = datasets.get("validation_dataset")
         self.validation_dataset = None
         if self._validation_rows is not None:
@@ -126,7 +126,7 @@ class BilevelTrainer(SFTTrainer):
             selector,
             model=self.model,
             accelerator=self.accelerator,
-            processing_class=self.processing_class,
+            processing_class=self._tokenizer,
             train_rows=self._train_rows,
             train_dataset=self.train_dataset,
             validation_dataset=self.validation_dataset,
@@ -164,7 +164,6 @@ class BilevelTrainer(SFTTrainer):
             self.args,
             training_batch_size=self._train_batch_size,
             validation_batch_size=self.resolved.per_device_validation_batch_size,
-            epoch=lambda: int(self.state.epoch or 0),
         )
 
     def get_batch_samples(
@@ -193,9 +192,7 @@ class BilevelTrainer(SFTTrainer):
         return rho_at(progress, self.resolved.rho_start, self.args.rho, self.args.rho_decay_ratio)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Loss of one micro-batch: ``sum c * l`` over its rows when training, the mean over rows in evaluation."""
-        if not self.model.training or "rows" not in inputs:
-            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+        """Loss of one micro-batch in training: ``sum c * l`` over its rows. For evaluation see `RowEvaluation`."""
         rows: BatchRows = inputs.pop("rows")
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
@@ -208,6 +205,8 @@ class BilevelTrainer(SFTTrainer):
         loss = (coefficients_B.to(nll_B.device) * nll_B).sum() * self.accelerator.num_processes
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+            aux_losses = self.accelerator.gather_for_metrics(outputs.aux_loss.detach())
+            self._metrics["train"]["aux_loss"].append(aux_losses.mean().item())
         self.weighting.backward(coefficients_B[: rows.num_training])
         return loss
 
@@ -227,15 +226,6 @@ class BilevelTrainer(SFTTrainer):
             for name, value in metrics.items():
                 self._metrics["train"][name].append(value)
         return loss
-
-    def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
-        if return_outputs:  # a user's compute_metrics wants the logits: TRL's own path builds them
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        nll_B, outputs = fused_forward(model, inputs)
-        exact_B = (outputs.is_top1.bool() | ~outputs.label_mask).all(dim=1)
-        exact_B = self.accelerator.gather_for_metrics(exact_B.float().contiguous())
-        self._metrics["eval"]["exact_match"].extend(exact_B.tolist())
-        return nll_B.mean()
 
     # --- what a run leaves behind -----------------------------------------------------------------------------------
 
@@ -262,6 +252,9 @@ class BilevelTrainer(SFTTrainer):
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, announcements))
             self.recorder.rewind(checkpoint_step(resume) if resume else 0)
         output = super().train(resume, trial, ignore_keys_for_eval)
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best and not self.args.save_only_model:
+            self.weighting.load_state_dict(checkpoints.load_state(best)[0])  # the model is that of this checkpoint
         self._write_weights()
         return output
 

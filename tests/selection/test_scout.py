@@ -303,7 +303,7 @@ def test_a_scout_that_goes_nowhere_leaves_no_trace(bilevel, is_lora):
     mixed.train()
     assert torch.equal(scouted.weighting.row_weights.all_weights(), torch.ones(24))
     assert_close(parameters(scouted.model), parameters(mixed.model), atol=0)
-    names = ("eval_loss", "eval_exact_match", "loss", "grad_norm", "learning_rate")
+    names = ("eval_loss", "eval_teacher_forced_match", "loss", "grad_norm", "learning_rate")
     for a, b in zip(scouted.state.log_history, mixed.state.log_history, strict=True):
         assert {n: a[n] for n in names if n in a} == {n: b[n] for n in names if n in b}
 

@@ -63,7 +63,7 @@ def run_method(method: Method, task: Task, output_dir: Path, common: dict[str, A
     row = {
         "method": method.name,
         "test_loss": metrics["eval_loss"],
-        "test_accuracy": metrics["eval_exact_match"],
+        "test_accuracy": metrics["eval_teacher_forced_match"],
         "selection_auroc": None,
         "seconds": time.perf_counter() - started,
     }

@@ -25,7 +25,7 @@ def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) ->
             continue
         with open(run_dir(output_dir, row["method"]) / "metrics.jsonl", encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
-        points = {r["step"]: r["eval_exact_match"] for r in records if "eval_exact_match" in r}
+        points = {r["step"]: r["eval_teacher_forced_match"] for r in records if "eval_teacher_forced_match" in r}
         width = 2.5 if row["method"].startswith("tamis") else 1.3
         curves.plot(list(points), list(points.values()), label=row["method"], linewidth=width)
     curves.set(xlabel="training step", ylabel="exact match on held-out rows", title="Learning curves")
