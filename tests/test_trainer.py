@@ -21,7 +21,7 @@ from conftest import (
     row_gradients,
     weighted_step,
 )
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -498,8 +498,8 @@ def test_several_data_sets_may_be_held_out(trainers, caplog):
     assert own._fingerprints.keys() == {"train_dataset", "eval_dataset['a']", "eval_dataset['b']"}
 
 
-def test_overlap_of_held_out_rows_is_said_by_name(trainers, model_dir, tmp_path, caplog):
-    evaluation = {"a": Dataset.from_list(pairs(2, 60)), "b": Dataset.from_list(pairs(3))}
+def test_overlap_of_held_out_rows_is_said_by_name(model_dir, tmp_path, caplog):
+    evaluation = DatasetDict(a=Dataset.from_list(pairs(2, 60)), b=Dataset.from_list(pairs(3)))
     args = BilevelConfig(**PLAIN, output_dir=str(tmp_path))
     rows = {"train_dataset": Dataset.from_list(pairs(4)), "validation_dataset": Dataset.from_list(pairs(2, 95))}
     BilevelTrainer(model_dir, args, **rows, eval_dataset=evaluation)

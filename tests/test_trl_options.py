@@ -356,6 +356,13 @@ def test_arguments_that_are_refused(tmp_path, arguments, message):
     assert message in refused(tmp_path, arguments)
 
 
+def test_what_is_refused_once_the_model_is_loaded_writes_nothing_either(tmp_path, model_dir):
+    rows = Dataset.from_list([{"prompt": "1" * 40, "completion": "2"}])
+    with pytest.raises(ValueError, match="Raise --max_length"):
+        BilevelTrainer(model_dir, config(tmp_path, max_length=20, **MIXING), train_dataset=TRAIN, eval_dataset=rows)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_a_text_field_of_another_name_is_refused_where_trl_reads_it(tmp_path, model_dir):
     value, message = REFUSED["dataset_text_field"]
     rows = {"train_dataset": Dataset.from_dict({"content": ["1=2"]})}

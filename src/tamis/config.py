@@ -36,9 +36,9 @@ class SelectorTraits(Protocol):
     can_scout: ClassVar[bool]
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field of a settings dataclass."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, **options: Any) -> Any:
+    """A field of a settings dataclass; ``options`` are those of its command line argument."""
+    return field(default=default, metadata={"help": help, **options})
 
 
 def given_fields(arguments: Any) -> dict[str, Any]:
@@ -91,10 +91,15 @@ class Resolved:
 class BilevelConfig(SFTConfig):
     """Configuration of [`BilevelTrainer`]: everything of [`~trl.SFTConfig`], and the fields below."""
 
-    # None tells an old name that is set from one that is not: see `__post_init__`.
-    gradient_checkpointing: bool | None = setting(None, "Deprecated: use --activation_checkpointing.")  # type: ignore[assignment]
+    # None tells a name that is set from one that is not: see `__post_init__`. A bare flag means True.
+    gradient_checkpointing: bool | None = setting(  # type: ignore[assignment]
+        None, "Deprecated: use --activation_checkpointing.", nargs="?", const=True
+    )
     activation_checkpointing: bool | None = setting(
-        None, "Compute activations again in the backward pass: less memory, about 20%% slower. Default: on."
+        None,
+        "Compute activations again in the backward pass: less memory, about 20%% slower. Default: on.",
+        nargs="?",
+        const=True,
     )
 
     # > Parameters that control the selection

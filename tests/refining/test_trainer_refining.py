@@ -721,5 +721,6 @@ def test_a_failure_at_the_first_refresh_leaves_the_original_responses(bilevel, s
 
 def test_a_dataset_without_prompts_is_refused_when_the_trainer_is_made(bilevel, script):
     script()
+    texts = [[{"text": row["prompt"] + row["completion"]} for row in rows] for rows in (TRAIN, TRUSTED)]
     with pytest.raises(ValueError, match="no training row is a prompt with one response"):
-        bilevel([{"text": row["prompt"] + row["completion"]} for row in TRAIN], TRUSTED, **REFINING)
+        bilevel(*texts, **REFINING)
