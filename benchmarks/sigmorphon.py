@@ -149,7 +149,7 @@ def main() -> None:
         all_rows += [row | {"seed": seed} for row in rows]
 
     aggregates = {}
-    for name, prefix in (("tamis", ""), ("softmax (published)", "softmax_"), ("validation only", "validation_only_")):
+    for name, prefix in (("tamis", ""), ("softmax, lazy Adam", "softmax_"), ("validation only", "validation_only_")):
         rows = [row for row in all_rows if row["method"] == name]
         for figure in ("gap_closure", "gap_closure_loss"):
             aggregates[prefix + figure] = [row[figure] for row in rows]

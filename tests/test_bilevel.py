@@ -8,8 +8,9 @@ import torch
 from tamis.bilevel import (
     effective_sample_size,
     example_losses,
-    importance_weights,
+    importance_ratio,
     penalty_gap,
+    response_weights,
     rho_at,
     row_coefficients,
     weight_entropy,
@@ -160,94 +161,53 @@ class SequencePolicy:
         return torch.autograd.grad(smoothed_minimum(-self.log_probs(), temperature), self.logits)[0].flatten()
 
 
-@pytest.mark.parametrize(("tau", "sampling_temperature"), [(0.5, 1.0), (0.5, 1.4), (1.0, 1.0), (1.0, 0.8)])
-def test_importance_weights_estimate_the_gradient_of_the_smoothed_minimum(tau, sampling_temperature):
-    """Answers of an older policy, drawn at a temperature; the error is what the delta method says, about 1/sqrt(G)."""
+@pytest.mark.parametrize(("tau", "sampling_temperature"), [(0.5, 1.0), (0.5, 1.4), (1.0, 0.8), (0.25, 1.0)])
+@pytest.mark.parametrize("num_generations", [1, 2])
+def test_drawing_and_coefficient_estimate_the_gradient_of_the_smoothed_minimum(
+    tau, sampling_temperature, num_generations
+):
+    """Over all sets of responses of an older policy and all draws among them: exact, for any number of responses.
+
+    Exact is the update times the mean of the weights before normalisation, which a visit leaves out.
+    """
     policy, older = SequencePolicy(seed=0), SequencePolicy(seed=1, spread=0.7)
     log_p, log_old = policy.log_probs().detach(), older.log_probs().detach()
     log_q = older.log_probs(sampling_temperature).detach()
-    gradients, exact = policy.score_gradients(), policy.penalty_gradient(tau)
-    ratios = (log_p / tau - log_q).exp()
-    deviations = (gradients - exact).square().sum(dim=1)
-    constant = (log_q.exp() * (ratios / (log_q.exp() * ratios).sum()).square() * deviations).sum().sqrt().item()
-
-    generator = torch.Generator().manual_seed(0)
-    for num_answers, num_trials in ((400, 400), (40_000, 50)):
-        drawn = torch.multinomial(
-            log_q.exp().expand(num_trials, 27), num_answers, replacement=True, generator=generator
-        )
-        weights, _ = importance_weights(log_p[drawn], log_old[drawn], log_q[drawn], temperature=tau)
-        per_sequence = torch.zeros(num_trials, 27, dtype=F64).scatter_add_(1, drawn, weights)
-        squared = (per_sequence @ gradients - exact).square().sum(dim=1)
-        assert squared.mean().sqrt().item() == pytest.approx(constant / math.sqrt(num_answers), rel=0.15)
-    assert tau == 1 or squared.mean().sqrt() < 0.1 * exact.norm(), "at tau = 1 it is zero: the score function"
+    coefficient = importance_ratio(log_p, log_old, temperature=tau, cap=math.inf)
+    sets = torch.cartesian_prod(*[torch.arange(27)] * num_generations).reshape(-1, num_generations)
+    weights = response_weights(log_old[sets], log_q[sets], temperature=tau)
+    before_normalisation = (log_old[sets] / tau - log_q[sets]).exp().mean(dim=1)
+    probability = log_q[sets].sum(dim=1).exp()
+    per_set = torch.einsum("sg,sgd->sd", weights * coefficient[sets], policy.score_gradients()[sets])
+    update = (probability * before_normalisation) @ per_set
+    exact = (log_p / tau).exp().sum() * policy.penalty_gradient(tau)
+    torch.testing.assert_close(update, exact, atol=1e-12, rtol=1e-9)
+    assert exact.abs().max() > 1e-4 or tau == 1
 
 
-@pytest.mark.parametrize(("tau", "is_zero"), [(1.0, True), (0.5, False)])
-def test_fresh_answers_at_temperature_one_have_no_gradient_on_average(tau, is_zero):
-    """The score function: over all answers, and over all pairs of answers with self-normalised weights."""
+def test_fresh_responses_at_temperature_one_have_no_gradient_on_average():
+    """The score function: nothing is learned from responses that are only likely; below one they become likelier."""
     policy = SequencePolicy(seed=0)
     log_p, gradients = policy.log_probs().detach(), policy.score_gradients()
-    plain = (log_p.exp() * (log_p / tau - log_p).exp()) @ gradients
-    first, second = torch.cartesian_prod(torch.arange(27), torch.arange(27)).unbind(1)
-    pairs = torch.stack([first, second], dim=1)
-    weights, _ = importance_weights(log_p[pairs], log_p[pairs], log_p[pairs], temperature=tau)
-    probability = (log_p[first] + log_p[second]).exp()
-    normalised = torch.einsum("p,pg,pgd->d", probability, weights, gradients[pairs])
-    for average in (plain, normalised):
-        assert (average.abs().max().item() < 1e-12) is is_zero, "a smaller temperature sharpens"
+    pairs = torch.cartesian_prod(torch.arange(27), torch.arange(27))
+    for tau, is_zero in ((1.0, True), (0.5, False)):
+        weights = response_weights(log_p[pairs], log_p[pairs], temperature=tau)
+        average = torch.einsum("p,pg,pgd->d", log_p[pairs].sum(dim=1).exp(), weights, gradients[pairs])
+        assert (average.abs().max().item() < 1e-12) is is_zero
 
 
-def test_fresh_answers_at_temperature_one_count_the_same():
-    log_p = SequencePolicy(seed=2).log_probs().detach()[:5]
-    weights, clipped = importance_weights(log_p, log_p, log_p)
-    torch.testing.assert_close(weights, torch.full((5,), 0.2, dtype=F64))
-    assert not clipped.any()
-
-
-def test_importance_weights_on_a_hand_computed_example():
-    p, old, q = (torch.tensor(values, dtype=F64) for values in ([0.4, 0.1], [0.2, 0.2], [0.5, 0.25]))
-    weights, _ = importance_weights(p.log(), old.log(), q.log(), temperature=0.5)
+def test_response_weights_on_a_hand_computed_example():
+    old, q = (torch.tensor(values, dtype=F64) for values in ([0.4, 0.1], [0.5, 0.25]))
+    weights = response_weights(old.log(), q.log(), temperature=0.5)
     torch.testing.assert_close(weights, torch.tensor([0.32, 0.04], dtype=F64) / 0.36)  # p^2 / q
-    weights, _ = importance_weights(p.log().expand(3, 2).T, old.log().expand(3, 2).T, q.log().expand(3, 2).T, dim=0)
+    weights = response_weights(old.log().expand(3, 2).T, q.log().expand(3, 2).T, temperature=1.0, dim=0)
     torch.testing.assert_close(weights, torch.tensor([[2 / 3], [1 / 3]], dtype=F64).expand(2, 3))  # p / q = 0.8, 0.4
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.5])
-def test_only_the_ratio_to_the_older_policy_is_clipped(tau):
-    ratios = torch.tensor([10.0, 5.0, 1.0, 0.2, 0.01], dtype=F64)
-    old = torch.tensor([0.01, 0.2, 0.3, 0.1, 0.05], dtype=F64)
-    q = torch.tensor([0.4, 0.01, 0.2, 0.1, 0.3], dtype=F64)
-    log_p = ratios.log() + old.log()
-    weights, clipped = importance_weights(log_p, old.log(), q.log(), temperature=tau, ratio_clip=6.0)
-    assert clipped.tolist() == [True, False, False, False, True]
-    kept = torch.tensor([6.0, 5.0, 1.0, 0.2, 1 / 6], dtype=F64)
-    expected = (kept * old) ** (1 / tau) / q
-    torch.testing.assert_close(weights, expected / expected.sum())
-    weights, clipped = importance_weights(log_p, old.log(), q.log(), temperature=tau, ratio_clip=1.0)
-    torch.testing.assert_close(weights, old ** (1 / tau) / q / (old ** (1 / tau) / q).sum())
-    assert clipped.tolist() == [True, True, False, True, True]
-    unclipped, clipped = importance_weights(log_p, old.log(), q.log(), temperature=tau)
-    torch.testing.assert_close(unclipped, (ratios * old) ** (1 / tau) / q / ((ratios * old) ** (1 / tau) / q).sum())
-    assert not clipped.any()
-
-
-def test_importance_weights_are_no_path_for_gradients():
-    log_p = torch.tensor([-1.0, -2.0], requires_grad=True)
-    weights, clipped = importance_weights(log_p, torch.tensor([-1.5, -1.5]), torch.tensor([-1.0, -1.0]))
-    assert not weights.requires_grad and not clipped.requires_grad
-    (weights * log_p).sum().backward()
-    torch.testing.assert_close(log_p.grad, weights)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": 0.0}, "temperature of the response weights must be positive, got 0"),
-        ({"temperature": -1.0}, "temperature of the response weights must be positive"),
-        ({"ratio_clip": 0.5}, "ratio_clip must be at least 1, got 0.5"),
-    ],
-)
-def test_importance_weights_refuse_what_has_no_meaning(settings, message):
-    with pytest.raises(ValueError, match=message):
-        importance_weights(torch.zeros(2), torch.zeros(2), torch.zeros(2), **settings)
+def test_the_importance_ratio_is_capped_and_no_path_for_gradients():
+    log_p = torch.tensor([0.3, 0.2, 0.1], dtype=F64).log().requires_grad_()
+    old = torch.tensor([0.1, 0.2, 0.2], dtype=F64).log()
+    ratio = importance_ratio(log_p, old, temperature=0.5, cap=4.0)
+    torch.testing.assert_close(ratio, torch.tensor([4.0, 1.0, 0.25], dtype=F64))  # 9 is capped
+    assert not ratio.requires_grad
+    assert importance_ratio(log_p, old, temperature=1e-9, cap=1.0).tolist() == [1.0, 1.0, 0.0], "no overflow"

@@ -69,44 +69,38 @@ def penalty_gap(weights_B: Tensor, excess_B: Tensor) -> Tensor:
     return (weights_B * excess_B).mean()
 
 
-def importance_weights(
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    sampling_log_prob: Tensor,
-    *,
-    temperature: float = 1.0,
-    ratio_clip: float = math.inf,
-    dim: int = -1,
-) -> tuple[Tensor, Tensor]:
-    """BMO weights of sampled answers: self-normalised importance ratios along ``dim``, under stop-gradient.
+def response_weights(
+    generator_log_prob_G: Tensor, sampling_log_prob_G: Tensor, *, temperature: float, dim: int = -1
+) -> Tensor:
+    """BMO weights of the responses that a model has just generated: self-normalised along ``dim``, sum one.
 
-    Answers drawn from ``q`` estimate the gradient of the smoothed minimum over *all* answers, whose weights are
-    ``softmax(-l / tau)``, that is ``p^(1 / tau)`` normalised, if each counts ``p^(1 / tau) / q`` (our derivation;
-    checked on enumerable answers in tests/test_bilevel.py). With ``r = p / p_old`` the importance ratio between the
-    model and the one that generated, that is ``r^(1 / tau) * p_old^(1 / tau) / q``: what is clipped is ``r``, which
-    grows with the age of the answers; the second factor is a constant of the answer.
+    The smoothed minimum ``-tau log sum_y exp(-l(y) / tau)`` over *all* responses weighs each by ``p^(1 / tau)``; of
+    those drawn from ``q`` each then counts ``p^(1 / tau) / q`` (our derivation, docs/refining.md).
 
     Args:
-        log_prob: nats, of the answers under the model; their sums over tokens, or means for the token-wise ratio.
-        old_log_prob: the same under the model that generated them.
-        sampling_log_prob: the same under the distribution they were drawn from (with the sampling temperature).
-        temperature: tau; 1 is the plain ratio, smaller is sharper.
-        ratio_clip: ``r`` is kept within ``[1 / ratio_clip, ratio_clip]``.
-
-    Returns:
-        The weights, which sum to one along ``dim``, and where the ratio was clipped (bool).
-
-    Raises:
-        ValueError: ``temperature`` is not positive, or ``ratio_clip`` is below 1.
+        generator_log_prob_G: nats, of the responses under the model that generated them; their sums over tokens, or
+            means for weights of a token on average.
+        sampling_log_prob_G: the same under the distribution they were drawn from.
+        temperature: tau; smaller is sharper. At 1, with nothing changed in sampling, all weights are equal.
     """
-    if temperature <= 0:
-        raise ValueError(f"the temperature of the response weights must be positive, got {temperature}")
-    if ratio_clip < 1:
-        raise ValueError(f"ratio_clip must be at least 1, got {ratio_clip}")
-    log_ratio = log_prob.detach() - old_log_prob
-    clipped = log_ratio.clamp(-math.log(ratio_clip), math.log(ratio_clip))
-    log_weights = (clipped + old_log_prob) / temperature - sampling_log_prob
-    return torch.softmax(log_weights, dim=dim), clipped != log_ratio
+    assert temperature > 0
+    return torch.softmax(generator_log_prob_G / temperature - sampling_log_prob_G, dim=dim)
+
+
+def importance_ratio(log_prob: Tensor, generator_log_prob: Tensor, *, temperature: float, cap: float) -> Tensor:
+    """``min((p / p_generator)^(1 / tau), cap)`` under stop-gradient: what a response counts as the model moves on.
+
+    Together with drawing by `response_weights` it makes the expected gradient that of ``p^(1 / tau)`` for the present
+    ``p``: exactly, times the mean of the weights before normalisation, where nothing is capped (docs/refining.md). It
+    needs nothing of the other responses, and no memory of earlier visits.
+
+    Args:
+        log_prob, generator_log_prob: nats, of a response under the model now and under the one that generated it.
+        temperature: tau.
+        cap: largest value.
+    """
+    assert temperature > 0 and cap > 0
+    return torch.exp(((log_prob.detach() - generator_log_prob) / temperature).clamp(max=math.log(cap)))
 
 
 def rho_at(progress: float, rho_start: float, rho_end: float, decay_until: float) -> float:

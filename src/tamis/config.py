@@ -182,7 +182,11 @@ class BilevelConfig(SFTConfig):
     ratio_level: Literal["token", "sequence"] = setting(
         "token", "Importance ratios of a token on average (geometric mean), or of the whole response."
     )
-    ratio_clip: float = setting(5.0, "Importance ratios are kept between 1/ratio_clip and ratio_clip.")
+    importance_ratio_cap: float = setting(
+        1.0,
+        "Largest coefficient of a generated response, (p / p_generator)^(1/tau). 1: none counts more than when it was "
+        "generated.",
+    )
 
     # > Parameters that control the generation
     generator: Literal["transformers", "vllm"] = setting(
@@ -329,12 +333,11 @@ class BilevelConfig(SFTConfig):
             "selector_learning_rate", "scout_learning_rate", "reference_learning_rate", "bmo_temperature",
             "per_device_validation_batch_size", "num_generations", "refine_every", "response_temperature",
             "generation_temperature", "generation_top_p", "generation_batch_size", "max_new_tokens",
+            "importance_ratio_cap",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if self.ratio_clip < 1:
-            raise ValueError(f"ratio_clip must be at least 1, got {self.ratio_clip}")
         if self.refine_start is not None and self.refine_start < 0:
             raise ValueError(f"refine_start must not be negative, got {self.refine_start}")
         for name, choices in _CHOICES.items():
@@ -384,7 +387,7 @@ class BilevelConfig(SFTConfig):
         add(not self.uses_validation(selector), unused, "validation_dataset")
         add(not self.refine_fraction, "refine_fraction is 0", *_REFINING)
         uniform = self.response_weighting == "uniform"
-        add(uniform, "response_weighting is 'uniform'", "response_temperature", "ratio_level", "ratio_clip")
+        add(uniform, "response_weighting is 'uniform'", "response_temperature", "ratio_level", "importance_ratio_cap")
         add(self.generator == "vllm", "generator is 'vllm'", "generation_batch_size")
         vllm = ("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization")
         add(self.generator != "vllm", f"generator is '{self.generator}'", *vllm)

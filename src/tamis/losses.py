@@ -1,4 +1,4 @@
-"""Losses of rows: the fused forward, a pass over a whole dataset, and the stop where a loss is not finite.
+"""Losses of rows: the fused forward, by which parameters, over a whole dataset, and the stop where one is not finite.
 
 Shape suffixes: B rows of a batch, N rows of a dataset.
 """
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tamis.bilevel import example_losses
 
+Parameters = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -70,6 +71,29 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def trainable_parameters(model: nn.Module) -> Parameters:
+    """A copy on the CPU."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextlib.contextmanager
+def exchanged(model: nn.Module, parameters: Parameters) -> Iterator[None]:
+    """Within it the model has these values and ``parameters`` holds the model's; no third copy is made."""
+
+    def exchange() -> None:
+        own = dict(model.named_parameters())
+        for name, value in parameters.items():
+            present = own[name].detach().to("cpu", copy=True)
+            own[name].data.copy_(value)
+            value.copy_(present)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
 
 
 def row_losses(

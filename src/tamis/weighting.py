@@ -25,7 +25,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tamis.bilevel import penalty_gap
+from tamis.bilevel import effective_sample_size, penalty_gap
 from tamis.config import BilevelConfig, Resolved
 from tamis.losses import stop_if_not_finite
 from tamis.recorder import Recorder
@@ -113,6 +113,7 @@ class RowWeighting:
                 len(train_rows),
                 is_measured=bool(resolved.scout_ratio),
                 reduce_gradient=self._sum_over_ranks,
+                max_grad_norm=args.max_grad_norm,
             )
         self.scout = self._make_scout()
         self.refiner: Refiner | None = None
@@ -269,7 +270,7 @@ class RowWeighting:
         log_prob_L = -loss_L * rows.num_tokens_B[:num_training]
         coefficient_L = self.refiner.coefficients(rows, log_prob_L) if self.refiner else torch.ones(num_training)
         weights_L = self.row_weights.weights(ids_L, excess_L) * coefficient_L
-        of_training = (ids_L, loss_L, excess_L, weights_L, rows.responses_L, log_prob_L, coefficient_L)
+        of_training = (ids_L, loss_L, excess_L, weights_L, rows.responses_L, coefficient_L)
         self._window.append((*of_training, loss_B[num_training:], rows.num_tokens_B))
         return weights_L
 
@@ -291,7 +292,7 @@ class RowWeighting:
             window = gather_object(window)
         parts = [torch.cat(part) for part in zip(*(batch for rank in window for batch in rank), strict=True)]
         self._window = []
-        ids, loss, excess, weights, responses, log_prob, coefficient, validation_loss, num_tokens = parts
+        ids, loss, excess, weights, responses, coefficient, validation_loss, num_tokens = parts
         metrics, self._refresh_metrics = self._refresh_metrics | {"num_tokens": int(num_tokens.sum())}, {}
         if len(ids):
             self.row_weights.update(ids, loss, excess)
@@ -303,23 +304,19 @@ class RowWeighting:
         if len(validation_loss):
             metrics["validation_loss"] = validation_loss.mean().item()
         if self.refiner:
-            self.refiner.commit(ids.tolist(), responses.tolist(), log_prob.tolist())
-            if (responses >= 0).any():
-                metrics["response_coefficient"] = coefficient[responses >= 0].mean().item()
+            coefficient = coefficient[responses >= 0]
+            if len(coefficient):
+                metrics["response_coefficient"] = coefficient.mean().item()
+                metrics["response_ess"] = effective_sample_size(coefficient) / len(coefficient)
         self.reference.step(self.args.reference_learning_rate or learning_rate)
         return metrics
 
     # --- what is known ----------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """How the weights stand: effective sample size and entropy, and the ratios of generated responses."""
+        """How the weights stand: effective sample size and entropy."""
         ess = self.row_weights.effective_sample_size()
-        metrics = {
-            "ess": ess,
-            "ess_ratio": ess / len(self.row_weights),
-            "weight_entropy": self.row_weights.entropy(),
-        }
-        return metrics | (self.refiner.buffer.metrics() if self.refiner else {})
+        return {"ess": ess, "ess_ratio": ess / len(self.row_weights), "weight_entropy": self.row_weights.entropy()}
 
     def columns(self) -> dict[str, np.ndarray[Any, Any]]:
         """What is known of all N rows, as `weights.parquet` has it (see `tamis.recorder.Recorder.write_weights`).

@@ -1,6 +1,5 @@
 """The buffer of generated responses by hand calculation: what each counts, which is drawn, what a checkpoint keeps."""
 
-import dataclasses
 import math
 from collections import Counter
 
@@ -14,8 +13,7 @@ UNIFORM_3 = [math.log(1 / 3)] * 3
 
 def buffer_of(*rows: list[Response], **settings) -> ResponseBuffer:
     buffer = ResponseBuffer(
-        **{"response_weighting": "bmo", "temperature": 1.0, "ratio_level": "sequence", "ratio_clip": 1e9, "seed": 0}
-        | settings
+        **{"response_weighting": "bmo", "temperature": 1.0, "ratio_level": "sequence", "cap": 1e9, "seed": 0} | settings
     )
     buffer.rows = {
         7 + i: RefinedRow(step=3, original_score=-0.5, responses=responses) for i, responses in enumerate(rows)
@@ -23,8 +21,8 @@ def buffer_of(*rows: list[Response], **settings) -> ResponseBuffer:
     return buffer
 
 
-def response(num_tokens: int, log_prob: float, old: float = 0.0, sampling: float = 0.0) -> Response:
-    return Response([4] * num_tokens, sampling_log_prob=sampling, old_log_prob=old, log_prob=log_prob)
+def response(num_tokens: int, old: float, sampling: float = 0.0) -> Response:
+    return Response([4] * num_tokens, sampling_log_prob=sampling, generator_log_prob=old)
 
 
 def softmax(values: list[float]) -> torch.Tensor:
@@ -37,9 +35,9 @@ def softmax(values: list[float]) -> torch.Tensor:
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_uniform_weights(level):
     responses = [response(2, -1.0), response(5, -9.0), response(1, -3.0)]
-    weights, clipped = buffer_of(responses, response_weighting="uniform", ratio_level=level).weights(7)
-    torch.testing.assert_close(weights.double(), torch.full((3,), 1 / 3, dtype=torch.float64))
-    assert not clipped.any()
+    buffer = buffer_of(responses, response_weighting="uniform", ratio_level=level)
+    torch.testing.assert_close(buffer.weights(7), torch.full((3,), 1 / 3, dtype=torch.float64))
+    assert [buffer.coefficient(7, j, -2.0) for j in range(3)] == [1.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -50,24 +48,18 @@ def test_uniform_weights(level):
         ({"temperature": 0.5}, [-12 + 5, -4 + 1.5, -6 + 4]),
         ({"ratio_level": "token"}, [(-6 + 5) / 3, (-2 + 1.5) / 1, (-3 + 4) / 2]),
         ({"ratio_level": "token", "temperature": 0.5}, [(-12 + 5) / 3, (-4 + 1.5) / 1, (-6 + 4) / 2]),
-        # r = p / p_old is exp(-2), exp(-1), exp(3) for the responses, exp(-2/3), exp(-1), exp(1.5) a token
-        ({"ratio_clip": math.e}, [(-1 - 4) + 5, (-1 - 1) + 1.5, (1 - 6) + 4]),
-        ({"ratio_clip": math.e, "ratio_level": "token"}, [(-2 - 4 + 5) / 3, -1 - 1 + 1.5, 1 + (-6 + 4) / 2]),
     ],
 )
-def test_importance_weights_of_responses(settings, exponents):
-    responses = [response(3, -6, old=-4, sampling=-5), response(1, -2, old=-1, sampling=-1.5), response(2, -3, -6, -4)]
-    weights, clipped = buffer_of(responses, **settings).weights(7)
-    torch.testing.assert_close(weights, softmax(exponents))
-    expected = {True: [False] * 3, False: [settings.get("ratio_level") != "token", False, True]}
-    assert clipped.tolist() == expected["ratio_clip" not in settings]
+def test_weights_of_responses(settings, exponents):
+    responses = [response(3, -6, -5), response(1, -2, -1.5), response(2, -3, -4)]
+    torch.testing.assert_close(buffer_of(responses, **settings).weights(7), softmax(exponents))
 
 
 def test_weights_of_one_row_do_not_depend_on_another():
     first, second = [response(1, -1.0), response(1, -2.0)], [response(2, -5.0), response(2, -4.0)]
     both = buffer_of(first, second)
-    assert torch.equal(both.weights(7)[0], buffer_of(first).weights(7)[0])
-    assert torch.equal(both.weights(8)[0], buffer_of(second).weights(7)[0])
+    assert torch.equal(both.weights(7), buffer_of(first).weights(7))
+    assert torch.equal(both.weights(8), buffer_of(second).weights(7))
 
 
 # --- drawing one of them ----------------------------------------------------------------------------------------------
@@ -102,53 +94,37 @@ def test_the_choice_follows_from_seed_step_and_row_alone():
     assert [buffer_of(*rows, seed=1).choose(7, step) for step in range(40)] != chosen
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("weighting", ["bmo", "uniform"])
-def test_on_average_a_draw_times_its_coefficient_is_the_new_weight(weighting, level):
-    """The new weight of a response is the one with its own new log-probability, the others' as they were last seen."""
-    responses = [response(3, -6, old=-4, sampling=-5), response(1, -2, old=-1, sampling=-1.5), response(2, -3, -6, -4)]
-    settings = {"response_weighting": weighting, "ratio_level": level, "temperature": 0.7, "ratio_clip": 5.0}
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # p / p_generator is exp(-3), exp(1), exp(2); a token of them exp(-1), exp(1), exp(1)
+        ({}, [math.exp(-3), math.exp(1), math.exp(2)]),
+        ({"temperature": 0.5}, [math.exp(-6), math.exp(2), math.exp(4)]),
+        ({"ratio_level": "token"}, [math.exp(-1), math.exp(1), math.exp(1)]),
+        ({"ratio_level": "token", "temperature": 0.5}, [math.exp(-2), math.exp(2), math.exp(2)]),
+        ({"cap": 3.0}, [math.exp(-3), math.exp(1), 3.0]),
+        ({"cap": 1.0}, [math.exp(-3), 1.0, 1.0]),
+    ],
+)
+def test_a_coefficient_is_the_capped_ratio_to_the_generator(settings, expected):
+    responses = [response(3, -6, -5), response(1, -2, -1.5), response(2, -3, -4)]
     buffer = buffer_of(responses, **settings)
-    drawn = buffer.weights(7)[0].double()
-    for j, log_prob in enumerate([-4.5, -2.5, -5.5]):
-        expected = buffer_of([dataclasses.replace(r) for r in responses], **settings)
-        expected.rows[7].responses[j].log_prob = log_prob
-        new = expected.weights(7)[0][j].item()
-        assert drawn[j].item() * buffer.coefficient(7, j, log_prob) == pytest.approx(new, rel=1e-12)
-        assert weighting == "uniform" or new != pytest.approx(drawn[j].item(), rel=1e-2)
+    drawn = buffer.weights(7).clone()
+    coefficients = [buffer.coefficient(7, j, log_prob) for j, log_prob in enumerate([-9.0, -1.0, -1.0])]
+    assert coefficients == pytest.approx(expected, rel=1e-12)
+    assert torch.equal(buffer.weights(7), drawn), "a visit changes nothing"
 
 
-def test_coefficient_is_one_if_nothing_has_changed_and_stores_nothing():
-    responses = [response(3, -6, old=-4, sampling=-5), response(1, -2, old=-1, sampling=-1.5)]
-    buffer = buffer_of(responses, temperature=0.3)
-    before = [dataclasses.replace(r) for r in responses]
-    assert [buffer.coefficient(7, j, r.log_prob) for j, r in enumerate(responses)] == [1.0, 1.0]
-    assert buffer.coefficient(7, 0, -1.0) > 1 > buffer.coefficient(7, 0, -9.0)
-    assert buffer.rows[7].responses == before
+def test_a_coefficient_is_one_where_nothing_has_changed_and_does_not_depend_on_the_others():
+    alone, beside = buffer_of([response(3, -6, -5)]), buffer_of([response(3, -6, -5), response(1, -1.0)])
+    assert alone.coefficient(7, 0, -6.0) == beside.coefficient(7, 0, -6.0) == 1.0
+    assert alone.coefficient(7, 0, -20.0) == beside.coefficient(7, 0, -20.0) < 1e-4, "for one response alone too"
 
 
 def test_a_response_alone_has_all_the_weight():
-    buffer = buffer_of([response(3, -6, old=-4, sampling=-5)])
-    assert buffer.weights(7)[0].tolist() == [1.0]
+    buffer = buffer_of([response(3, -6, -5)])
+    assert buffer.weights(7).tolist() == [1.0]
     assert [buffer.choose(7, step) for step in range(5)] == [0] * 5
-    assert buffer.coefficient(7, 0, -20.0) == 1.0
-
-
-def test_metrics_on_a_hand_computed_example():
-    buffer = buffer_of(
-        [response(1, 0.0), response(1, 0.0), response(1, -math.inf), response(1, -math.inf)],
-        [response(2, -1.0, old=-3.0, sampling=0.0), response(2, -1.0, old=-3.0, sampling=0.0)],
-        ratio_clip=1.5,
-        response_weighting="uniform",
-    )
-    assert buffer_of().metrics() == {}
-    buffer.rows.pop(7)
-    assert buffer.metrics() == {"ratio_ess": 1.0, "ratio_clip_rate": 0.0, "mean_log_ratio": 1.0}
-    buffer.response_weighting, buffer.rows[8].responses[0].log_prob = "bmo", -3.0
-    # r is 1 and e^2, which is clipped to 1.5: weights 0.4 and 0.6
-    metrics = buffer.metrics()
-    assert metrics["ratio_ess"] == pytest.approx(1 / (0.4**2 + 0.6**2) / 2)
-    assert (metrics["ratio_clip_rate"], metrics["mean_log_ratio"]) == (0.5, 0.5)
 
 
 def fields(buffer: ResponseBuffer) -> dict:
@@ -161,8 +137,8 @@ def fields(buffer: ResponseBuffer) -> dict:
     [
         [],
         [
-            [response(3, -1 / 3, old=-0.1, sampling=-0.7), Response([9], -0.2)],
-            [Response([5, 6], -1e-17, 0.1, 0.2, 0.3)],
+            [response(3, -1 / 3, sampling=-0.7), Response([9], -0.2, -0.1)],
+            [Response([5, 6], -1e-17, 0.1, 0.3)],
         ],
     ],
 )

@@ -1,6 +1,7 @@
 """Refining in whole runs: what a step trains on, how much each row counts, resuming, failures, what is written down."""
 
 import copy
+import dataclasses
 import logging
 import math
 
@@ -128,9 +129,9 @@ def spy_on_steps(trainer) -> list[dict]:
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("reduction", ["example", "token"])
 def test_every_generated_response_is_multiplied_by_its_coefficient(bilevel, script, reduction, accumulation):
-    """Weight of the row, times response weight now over response weight when the response was drawn."""
+    """Weight of the row, times the capped ratio between the model and the one that generated the response."""
     script()
-    weights, tau = [0.5, 2.0, 0.0, 1.0, 3.0, 1.5], 0.5
+    weights, tau, cap = [0.5, 2.0, 0.0, 1.0, 3.0, 1.5], 0.5, 1.5
     train = [row | {"weight": weight} for row, weight in zip(pairs(6, 8), weights, strict=True)]
     recorder = GradientRecorder()
     trainer = bilevel(
@@ -139,17 +140,21 @@ def test_every_generated_response_is_multiplied_by_its_coefficient(bilevel, scri
         max_steps=1,
         max_grad_norm=0.0,
         response_temperature=tau,
+        importance_ratio_cap=cap,
         callbacks=[recorder],
         **REFINING | weighted_step(reduction, accumulation),
     )
     refresh, when_drawn, chosen = trainer.weighting._refresh, {}, {}
 
     def refresh_and_age(refiner, step):
-        """As if other weights had seen the responses last."""
+        """As if other weights had generated the responses."""
         refresh(refiner, step)
-        for refined in refiner.buffer.rows.values():
-            for change, response in zip([0.5, -0.3, 0.2], refined.responses, strict=True):
-                response.log_prob += change * len(response.token_ids)
+        for i, refined in refiner.buffer.rows.items():
+            changed = [
+                dataclasses.replace(r, generator_log_prob=r.generator_log_prob + change * len(r.token_ids))
+                for change, r in zip([0.5, -0.1, -0.6], refined.responses, strict=True)
+            ]
+            refiner.buffer.rows[i] = dataclasses.replace(refined, responses=changed)
         when_drawn.update(copy.deepcopy(refiner.buffer.rows))
         chosen.update({i: refiner.buffer.choose(i, step) for i in when_drawn})
 
@@ -164,13 +169,9 @@ def test_every_generated_response_is_multiplied_by_its_coefficient(bilevel, scri
         if i in when_drawn:
             responses, j = when_drawn[i].responses, chosen[i]
             row = as_row(token_ids(train[i]["prompt"]), responses[j].token_ids)
-            exponents = torch.tensor(
-                [(r.log_prob / tau - r.sampling_log_prob) / len(r.token_ids) for r in responses], dtype=torch.float64
-            )
-            drawn = exponents.softmax(0)[j]
             present = -plain_loss(trainer.model, **row).item()
-            exponents[j] = present / tau - responses[j].sampling_log_prob / len(responses[j].token_ids)
-            importance[-1] = (exponents.softmax(0)[j] / drawn).item()
+            before = responses[j].generator_log_prob / len(responses[j].token_ids)
+            importance[-1] = min(math.exp((present - before) / tau), cap)  # a refined row's own weight is one
             assert abs(importance[-1] - 1) > 0.05
         rows.append(row)
         level.append(0.7)
@@ -191,10 +192,7 @@ def test_every_generated_response_is_multiplied_by_its_coefficient(bilevel, scri
         )
     assert loss == pytest.approx(expected_loss, abs=1e-6)
     assert_close(recorder.steps[0], expected)
-    for i, refined in trainer.weighting.refiner.buffer.rows.items():
-        for j, (response, before) in enumerate(zip(refined.responses, when_drawn[i].responses, strict=True)):
-            present = response.old_log_prob if j == chosen[i] else before.log_prob  # the model is as it was
-            assert response.log_prob == pytest.approx(present, abs=1e-4), "only what was seen is known anew"
+    assert trainer.weighting.refiner.buffer.rows == when_drawn, "a visit changes nothing"
 
 
 def test_batch_times_accumulation_is_all_that_counts(bilevel, script):
@@ -224,7 +222,8 @@ def test_batch_times_accumulation_is_all_that_counts(bilevel, script):
     assert list(actual.refiner.buffer.rows) == list(expected.refiner.buffer.rows)
     for i, refined in actual.refiner.buffer.rows.items():
         for response, other in zip(refined.responses, expected.refiner.buffer.rows[i].responses, strict=True):
-            assert response.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+            assert response.token_ids == other.token_ids
+            assert response.generator_log_prob == pytest.approx(other.generator_log_prob, abs=1e-4)
 
 
 def training_forwards(trainer) -> list[int]:
@@ -341,11 +340,11 @@ def test_every_selector_and_reference_can_refine(bilevel, talkative_model, gener
     assert weights.isfinite().all() and (weights >= 0).all()
     refined = trainer.weighting.refiner.buffer.rows
     assert len(refined) >= 0.6 * num_rows
-    assert all(response.log_prob < 0 for row in refined.values() for response in row.responses)
+    assert all(response.generator_log_prob < 0 for row in refined.values() for response in row.responses)
     lines = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert [math.isfinite(line["loss"]) for line in lines] == [True] * 3
     assert [line.get("refine/num_rows") is not None for line in lines] == [True, False, True]
-    assert all(("ratio_ess" in line) == bool(refined) for line in lines)
+    assert all(("response_ess" in line) == ("response_coefficient" in line) for line in lines)
     assert lines[2]["refine/logprob_drift"] < 0.01
 
 
@@ -618,7 +617,7 @@ def test_refining_cannot_be_switched_on_resuming(run, is_on_first):
     first, second = (on, off) if is_on_first else (off, on)
     with pytest.raises(Killed):
         run("cut", kill=3, **first).train()
-    with pytest.raises(ValueError, match="resume with the settings the run was started with"):
+    with pytest.raises(ValueError, match=r"refine_fraction: 0\.. -> 0\.."):
         run("cut", **second).train(resume_from_checkpoint=True)
 
 

@@ -99,7 +99,7 @@ def compare_methods(
     best = max(range(len(rhos)), key=lambda i: rows[2 + i]["test_accuracy"])
     rho = {"rho": rhos[best]}
     second = [
-        Method("softmax (published)", task.train_file, rho | {"selector": "softmax", "reference": "zero"}),
+        Method("softmax, lazy Adam", task.train_file, rho | {"selector": "softmax", "reference": "zero"}),
         Method("tamis", task.train_file, rho),
         *([Method(REFINING, task.train_file, rho | refining)] if refining else []),
         Method("oracle (right rows)", task.clean_file, rho | static),

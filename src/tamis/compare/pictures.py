@@ -30,7 +30,7 @@ def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) ->
         curves.plot(list(points), list(points.values()), label=row["method"], linewidth=width)
     curves.set(xlabel="training step", ylabel="exact match on held-out rows", title="Learning curves")
     curves.legend(fontsize=8)
-    for axes, name in zip(histograms, ("softmax (published)", "tamis"), strict=True):
+    for axes, name in zip(histograms, ("softmax, lazy Adam", "tamis"), strict=True):
         weights, is_right = learned_weights(output_dir, name, task)
         bins = np.linspace(0, weights.max() * 1.001, 40)
         for label, mask, colour in (("right rows", is_right, "tab:green"), ("wrong rows", ~is_right, "tab:red")):

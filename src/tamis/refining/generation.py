@@ -22,7 +22,13 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
 
 from tamis._compat import LoraLayer, is_vllm_available, vllm_generation
 from tamis.checkpoint import ResumableError
@@ -62,8 +68,8 @@ class Completion:
 
     Attributes:
         token_ids: as generated, with the closing token if it has one.
-        log_prob: nats, sum over the tokens, under the distribution it was drawn from (temperature applied; whether
-            the tokens that top_p cut off are, depends on the generator).
+        log_prob: nats, sum over the tokens, under the distribution it was drawn from: at its temperature, and
+            renormalised over the tokens that top_p left.
         is_finished: it ended with a closing token.
     """
 
@@ -103,17 +109,22 @@ def without_published_defaults(model: Any) -> Iterator[None]:
 class _LogProbRecorder(LogitsProcessor):
     """Log-probabilities of the drawn tokens, noted while `generate` runs: no second forward, no logits kept.
 
+    They are those of the distribution that is drawn from: at its temperature, renormalised over the nucleus.
+
     It sees the raw logits of step t, and in step t + 1 the tokens that were drawn from them.
     """
 
-    def __init__(self, prompt_length: int, temperature: float):
-        self.prompt_length, self.temperature = prompt_length, temperature
+    def __init__(self, prompt_length: int, settings: SamplingSettings):
+        self.prompt_length, self.temperature = prompt_length, settings.temperature
+        self._nucleus = TopPLogitsWarper(settings.top_p) if settings.top_p < 1 else None
         self.columns: list[Tensor] = []
         self._last: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._take(input_ids)
         self._last = scores.float() / self.temperature
+        if self._nucleus is not None:
+            self._last = self._nucleus(input_ids, self._last)
         return scores
 
     def _take(self, sequences_BT: Tensor) -> None:
@@ -188,7 +199,7 @@ class TransformersGenerator:
         padding = [longest - len(ids) for ids in prompts]
         input_ids = torch.tensor([[self.pad_token_id] * p + ids for p, ids in zip(padding, prompts, strict=True)])
         attention_mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding])
-        recorder = _LogProbRecorder(longest, self.settings.temperature)
+        recorder = _LogProbRecorder(longest, self.settings)
         with self.accelerator.autocast():
             sequences = self.model.generate(
                 input_ids=input_ids.to(self.accelerator.device),

@@ -165,13 +165,11 @@ class Refiner:
         completions, drift = self._generate(picked, step)
         seconds = time.perf_counter() - started
         statuses = {i: [self._status(i, completion) for completion in completions[i]] for i in picked}
-        rows = {}
-        for i in picked:
-            usable = [c for c, status in zip(completions[i], statuses[i], strict=True) if status == "usable"]
-            if usable:
-                responses = [Response(c.token_ids, c.log_prob) for c in usable]
-                rows[i] = RefinedRow(step, original_score_N[i].item(), responses)
-        excess_R = self._measure(rows)
+        usable = {
+            i: [c for c, status in zip(completions[i], statuses[i], strict=True) if status == "usable"] for i in picked
+        }
+        responses, excess_R = self._measure({i: found for i, found in usable.items() if found})
+        rows = {i: RefinedRow(step, original_score_N[i].item(), found) for i, found in responses.items()}
         self._swap(rows)
         if self._is_scored_by_scout and rows:
             self._score(excess_R)
@@ -217,20 +215,22 @@ class Refiner:
             return "too long"
         return "usable"
 
-    def _measure(self, rows: dict[int, RefinedRow]) -> Tensor:
-        """Note the losses of the new responses by the present model and the reference; returns the scout's excess."""
-        flat = [(i, response) for i, row in rows.items() for response in row.responses]
+    def _measure(self, usable: dict[int, list[Completion]]) -> tuple[dict[int, list[Response]], Tensor]:
+        """The completions with their losses by the present model and the reference; and the scout's excess losses."""
+        flat = [(i, completion) for i, completions in usable.items() for completion in completions]
         nothing_R = torch.full((len(flat),), math.nan)
         if not flat:
-            return nothing_R
-        prompts = dict(zip(rows, self.prompts(list(rows)), strict=True))
-        dataset = Dataset.from_list([as_row(prompts[i], response.token_ids) for i, response in flat])
+            return {}, nothing_R
+        prompts = dict(zip(usable, self.prompts(list(usable)), strict=True))
+        dataset = Dataset.from_list([as_row(prompts[i], completion.token_ids) for i, completion in flat])
         loss_R = self.losses(dataset)
         reference_R = self.scout.reference_losses(dataset) if self.scout else nothing_R
-        for (_, response), loss, reference in zip(flat, loss_R.tolist(), reference_R.tolist(), strict=True):
-            response.old_log_prob = response.log_prob = -loss * len(response.token_ids)
-            response.reference_loss = reference
-        return self.scout.losses(dataset) - reference_R if self.scout and self._is_scored_by_scout else nothing_R
+        responses: dict[int, list[Response]] = {i: [] for i in usable}
+        for (i, completion), loss, reference in zip(flat, loss_R.tolist(), reference_R.tolist(), strict=True):
+            log_prob = -loss * len(completion.token_ids)
+            responses[i].append(Response(completion.token_ids, completion.log_prob, log_prob, reference))
+        is_scored = self.scout is not None and self._is_scored_by_scout
+        return responses, self.scout.losses(dataset) - reference_R if self.scout and is_scored else nothing_R
 
     @property
     def _is_scored_by_scout(self) -> bool:
@@ -241,7 +241,7 @@ class Refiner:
         rows = self.buffer.rows
         excess_by_row = excess_R.split([len(row.responses) for row in rows.values()])
         excess_Q = torch.stack([
-            (self.buffer.weights(i)[0] * excess_G).sum() for i, excess_G in zip(rows, excess_by_row, strict=True)
+            (self.buffer.weights(i) * excess_G).sum() for i, excess_G in zip(rows, excess_by_row, strict=True)
         ])  # fmt: skip
         assert isinstance(self.row_weights, SelectorWeights), "only those are settled by a scout"
         self.row_weights.restore(torch.tensor(list(rows)), self.row_weights.scout_scores(excess_Q).float())
@@ -279,7 +279,7 @@ class Refiner:
         weights = [0.0] * len(completions)
         if example_id in self.buffer.rows:
             usable = [j for j, status in enumerate(statuses) if status == "usable"]
-            for j, weight in zip(usable, self.buffer.weights(example_id)[0].tolist(), strict=True):
+            for j, weight in zip(usable, self.buffer.weights(example_id).tolist(), strict=True):
                 weights[j] = weight
         return {
             "token_ids": [c.token_ids for c in completions],
@@ -321,12 +321,6 @@ class Refiner:
         """What the response weights make of the rows of a micro-batch: one for rows with their original response."""
         visits = zip(rows.training_ids, rows.responses_L.tolist(), log_prob_L.tolist(), strict=True)
         return torch.tensor([self.buffer.coefficient(*visit) if visit[1] >= 0 else 1.0 for visit in visits])
-
-    def commit(self, example_ids: Sequence[int], responses: Sequence[int], log_probs: Sequence[float]) -> None:
-        """Note the log-probabilities of the responses that one optimizer step has seen, on all ranks."""
-        for i, chosen, log_prob in zip(example_ids, responses, log_probs, strict=True):
-            if chosen >= 0:
-                self.buffer.rows[i].responses[chosen].log_prob = log_prob
 
     def original_scores(self) -> Tensor:
         """Scores of all N rows for their original responses, refined or not."""
@@ -380,7 +374,7 @@ def make_refiner(
             response_weighting=args.response_weighting,
             temperature=args.response_temperature,
             ratio_level=args.ratio_level,
-            ratio_clip=args.ratio_clip,
+            cap=args.importance_ratio_cap,
             seed=args.seed,
         ),
         generator,

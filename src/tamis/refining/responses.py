@@ -1,44 +1,39 @@
-"""Generated responses: the buffer that holds them, what each counts, and which one a visit trains on.
+"""Generated responses: the buffer that holds them, how a visit draws one, and what it counts.
 
-Instead of forwarding all G responses of a row, a visit draws one in proportion to its weight; once its loss is known
-its weight is taken anew, beside its siblings as they were last seen, and its coefficient is new weight over drawing
-weight. Memory does not depend on G (our derivation; docs/refining.md).
+A visit to a refined row trains on one of its G responses, drawn by weights that are fixed when they are generated; its
+coefficient is the importance ratio between the model and the one that generated, capped. So memory and the cost of a
+step do not depend on G, and a visit changes nothing (our derivation; docs/refining.md).
 
 Shape suffixes: R generated responses, G responses of one row.
 """
 
 import math
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
 
-from tamis.bilevel import effective_sample_size, importance_weights
-
-_NUM_MEASURED = 200  # rows that the metrics of a log step look at, so that logging costs the same for any number
+from tamis.bilevel import importance_ratio, response_weights
 
 
-@dataclass
+@dataclass(frozen=True)
 class Response:
     """One generated response and what is known of it. Log-probabilities are sums over its tokens, in nats.
 
     Attributes:
         token_ids: exactly as generated.
         sampling_log_prob: under the distribution it was drawn from.
-        old_log_prob: under the model that generated it, at temperature 1.
-        log_prob: under the model when it last saw the response.
+        generator_log_prob: under the model that generated it, at temperature 1.
         reference_loss: nats per token, by the reference; NaN where that is computed along the steps.
     """
 
     token_ids: list[int]
     sampling_log_prob: float
-    old_log_prob: float = math.nan
-    log_prob: float = math.nan
+    generator_log_prob: float
     reference_loss: float = math.nan
 
 
-@dataclass
+@dataclass(frozen=True)
 class RefinedRow:
     """A row that trains on generated responses.
 
@@ -57,75 +52,56 @@ class ResponseBuffer:
     """Generated responses by row, and which of them a visit trains on.
 
     Args:
-        response_weighting, temperature, ratio_level, ratio_clip: see `BilevelConfig`.
+        response_weighting, temperature, ratio_level: see `BilevelConfig`.
+        cap: its ``importance_ratio_cap``.
         seed: with step and row all the randomness there is.
     """
 
-    def __init__(self, *, response_weighting: str, temperature: float, ratio_level: str, ratio_clip: float, seed: int):
+    def __init__(self, *, response_weighting: str, temperature: float, ratio_level: str, cap: float, seed: int):
         self.response_weighting, self.temperature = response_weighting, temperature
-        self.ratio_level, self.ratio_clip = ratio_level, ratio_clip
+        self.ratio_level, self.cap = ratio_level, cap
         self.seed = seed
         self.rows: dict[int, RefinedRow] = {}
 
-    def weights(self, example_id: int) -> tuple[Tensor, Tensor]:
-        """Weights (G, sum one) of a row's responses as the model last saw them; which ratios were clipped."""
+    def weights(self, example_id: int) -> Tensor:
+        """Weights (G, float64, sum one) of a row's responses; fixed when they are generated."""
         responses = self.rows[example_id].responses
         if self.response_weighting == "uniform":
-            uniform_G = torch.full((len(responses),), 1 / len(responses), dtype=torch.float64)
-            return uniform_G, torch.zeros(len(responses), dtype=torch.bool)
-        log_probs = torch.tensor(
-            [[r.log_prob, r.old_log_prob, r.sampling_log_prob] for r in responses], dtype=torch.float64
-        )
-        if self.ratio_level == "token":
-            log_probs = log_probs / torch.tensor([[len(r.token_ids)] for r in responses])
-        return importance_weights(*log_probs.unbind(1), temperature=self.temperature, ratio_clip=self.ratio_clip)
+            return torch.full((len(responses),), 1 / len(responses), dtype=torch.float64)
+        log_probs = [[r.generator_log_prob / self._unit(r), r.sampling_log_prob / self._unit(r)] for r in responses]
+        of_generator_G, of_sampling_G = torch.tensor(log_probs, dtype=torch.float64).unbind(1)
+        return response_weights(of_generator_G, of_sampling_G, temperature=self.temperature)
+
+    def _unit(self, response: Response) -> int:
+        """What its log-probabilities are divided by: its tokens where ratios are of a token on average."""
+        return len(response.token_ids) if self.ratio_level == "token" else 1
 
     def choose(self, example_id: int, step: int) -> int:
-        """The response that a visit in ``step`` trains on, drawn in proportion to the weights."""
+        """The response that a visit in ``step`` trains on, drawn by the weights."""
         generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + step) * 1_000_003 + example_id) % 2**63)
-        weights_G, _ = self.weights(example_id)
-        return int(torch.multinomial(weights_G.double(), 1, generator=generator))
+        return int(torch.multinomial(self.weights(example_id), 1, generator=generator))
 
     def coefficient(self, example_id: int, chosen: int, log_prob: float) -> float:
-        """Of a drawn response whose log-probability turns out to be ``log_prob``: weight now over weight when drawn."""
+        """What a response counts whose log-probability under the present model is ``log_prob``."""
+        if self.response_weighting == "uniform":
+            return 1.0
         response = self.rows[example_id].responses[chosen]
-        drawn, before = self.weights(example_id)[0][chosen], response.log_prob
-        response.log_prob = log_prob
-        now, response.log_prob = self.weights(example_id)[0][chosen], before
-        return (now / drawn).item()
-
-    def metrics(self) -> dict[str, float]:
-        """Means over (at most `_NUM_MEASURED`) refined rows: ESS/G of weights, clip rate, log-ratio per token."""
-        if not self.rows:
-            return {}
-        ess, clipped, log_ratios = [], [], []
-        stride = -(-len(self.rows) // _NUM_MEASURED)
-        for example_id, row in islice(self.rows.items(), 0, None, stride):
-            weights_G, clipped_G = self.weights(example_id)
-            ess.append(effective_sample_size(weights_G) / len(weights_G))
-            clipped.append(clipped_G.float().mean().item())
-            log_ratios += [(r.log_prob - r.old_log_prob) / len(r.token_ids) for r in row.responses]
-        return {
-            "ratio_ess": sum(ess) / len(ess),
-            "ratio_clip_rate": sum(clipped) / len(clipped),
-            "mean_log_ratio": sum(log_ratios) / len(log_ratios),
-        }
+        now, before = (torch.tensor(value, dtype=torch.float64) for value in (log_prob, response.generator_log_prob))
+        unit = self._unit(response)
+        return importance_ratio(now / unit, before / unit, temperature=self.temperature, cap=self.cap).item()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors from which `load_state_dict` continues bit for bit."""
         flat = [(example_id, row, r) for example_id, row in self.rows.items() for r in row.responses]
+        numbers = [
+            (row.original_score, r.sampling_log_prob, r.generator_log_prob, r.reference_loss) for _, row, r in flat
+        ]
         return {
             "example_id_R": torch.tensor([i for i, _, _ in flat], dtype=torch.int64),
             "step_R": torch.tensor([row.step for _, row, _ in flat], dtype=torch.int64),
             "num_tokens_R": torch.tensor([len(r.token_ids) for _, _, r in flat], dtype=torch.int64),
             "token_ids": torch.tensor([t for _, _, r in flat for t in r.token_ids], dtype=torch.int32),
-            "numbers_R": torch.tensor(
-                [
-                    (row.original_score, r.sampling_log_prob, r.old_log_prob, r.log_prob, r.reference_loss)
-                    for _, row, r in flat
-                ],
-                dtype=torch.float64,
-            ).reshape(len(flat), 5),
+            "numbers_R": torch.tensor(numbers, dtype=torch.float64).reshape(len(flat), 4),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

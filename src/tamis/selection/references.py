@@ -6,7 +6,7 @@
 | `base`    | the model before training                            | one forward per row and run; 4 bytes a row     |
 | `tracked` | descends the weighted lower level alone, in parallel | a forward and backward of the lower rows a step |
 
-With LoRA `base` is the model with its adapter off and `tracked` a second adapter; otherwise each copies the model.
+With LoRA `base` is the adapter as it was and `tracked` a second adapter; otherwise each copies the model.
 
 Shape suffixes: B training rows of a batch, N rows of the training dataset, T tokens.
 """
@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tamis.losses import evaluation_mode, fused_losses
+from tamis.losses import evaluation_mode, exchanged, fused_losses, trainable_parameters
 
 _TRACKED_ADAPTER = "tamis_tracked"
 
@@ -97,8 +97,8 @@ class LiveReference(MeasuredReference):
     """The model before training, each row measured when it is first seen (no dropout) and remembered.
 
     Args:
-        model: the model to be trained, before its first step. A `PeftModel` is used with its adapters off; of any other
-            a frozen copy is kept.
+        model: the model to be trained, before its first step. Of a `PeftModel` a copy of the adapter is kept, on the
+            CPU; of any other model a frozen copy.
         num_examples: N.
     """
 
@@ -106,7 +106,8 @@ class LiveReference(MeasuredReference):
         super().__init__(num_examples)
         self._model = model
         if isinstance(model, PeftModel):
-            self.description = "base: the model with its adapter off, no second copy"
+            self._adapter = trainable_parameters(model)
+            self.description = "base: the model with its adapter as it was, no second copy of the model"
         else:
             self._model = copy.deepcopy(model).requires_grad_(False).eval()
             self.description = "base: a frozen copy of the model (train with LoRA to do without)"
@@ -126,7 +127,7 @@ class LiveReference(MeasuredReference):
         if not isinstance(self._model, PeftModel):
             yield
             return
-        with evaluation_mode(self._model), self._model.disable_adapter():
+        with evaluation_mode(self._model), exchanged(self._model, self._adapter):
             yield
 
 
@@ -140,11 +141,13 @@ class TrackedReference(ZeroReference):
         model: the model to be trained, before its first step. A `PeftModel` gets a second adapter, equal to its first
             one; any other model is copied.
         reduce_gradient: sums a gradient over the ranks, in place (the coefficients sum to one over all of them).
+        max_grad_norm: as the model's own; 0 clips nothing.
     """
 
     _model: Any
 
-    def __init__(self, model: nn.Module, reduce_gradient: Callable[[Tensor], None]):
+    def __init__(self, model: nn.Module, reduce_gradient: Callable[[Tensor], None], max_grad_norm: float = 1.0):
+        self.max_grad_norm = max_grad_norm
         self._nll_B: Tensor | None = None
         self._reduce_gradient = reduce_gradient
         if isinstance(model, PeftModel):
@@ -168,7 +171,7 @@ class TrackedReference(ZeroReference):
         parameters = dict(model.named_parameters())
         tracked = []
         for name, parameter in parameters.items():
-            if f".{_TRACKED_ADAPTER}." in name:
+            if _TRACKED_ADAPTER in name.split("."):
                 parameter.data.copy_(parameters[name.replace(_TRACKED_ADAPTER, trained)].data)
                 tracked.append(parameter)
         model.set_adapter(trained)
@@ -219,7 +222,8 @@ class TrackedReference(ZeroReference):
                 parameter.grad = torch.zeros_like(parameter)
             self._reduce_gradient(parameter.grad)
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if self.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         # Gone before the trainer clips "all gradients of the model": the adapter is part of the same model.
         self.optimizer.zero_grad(set_to_none=True)
@@ -252,17 +256,18 @@ def make_reference(
     *,
     is_measured: bool = False,
     reduce_gradient: Callable[[Tensor], None] = lambda gradient: None,
+    max_grad_norm: float = 1.0,
 ) -> ZeroReference:
     """The reference called ``name`` for ``model`` as it is before its first step; see the table above.
 
     Args:
         num_examples: N.
         is_measured: a scout measures all rows before training, so that no model is needed for ``base``.
-        reduce_gradient: see `TrackedReference`.
+        reduce_gradient, max_grad_norm: see `TrackedReference`.
     """
     if name == "base":
         return MeasuredReference(num_examples) if is_measured else LiveReference(model, num_examples)
     if name == "tracked":
-        return TrackedReference(model, reduce_gradient)
+        return TrackedReference(model, reduce_gradient, max_grad_norm)
     assert name == "zero", name
     return ZeroReference()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from tamis.files import write_atomically
-from tamis.losses import fused_losses, row_losses
+from tamis.losses import Parameters, exchanged, fused_losses, row_losses, trainable_parameters
 from tamis.randomness import EndlessPermutations, permutation, seeded
 from tamis.stream import Batches, MicroBatch
 
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 SCOUT_FILE = "scout.safetensors"
 _MAX_SAMPLE = 1000  # training rows that validation rows are compared with: more would not lower the error
 _MIN_CHECKED = 4  # validation rows; of fewer, half is too little to learn from and half too little to measure by
-Parameters = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,6 @@ def compare_excess(unseen_V: Tensor, training_R: Tensor) -> tuple[Tensor, Tensor
     return lower_VR.mean(dim=1), lower_VR.mean(dim=0)
 
 
-def trainable_parameters(model: nn.Module) -> Parameters:
-    """A copy on the CPU."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-
-
 @contextmanager
 def put_back(model: nn.Module, before: Parameters | None = None) -> Iterator[None]:
     """On leaving, the trainable parameters are what they were on entering, and no other ones are trainable.
@@ -115,24 +109,6 @@ def put_back(model: nn.Module, before: Parameters | None = None) -> Iterator[Non
         for name, value in values.items():
             own[name].data.copy_(value)
             own[name].grad = None
-
-
-@contextmanager
-def exchanged(model: nn.Module, parameters: Parameters) -> Iterator[None]:
-    """Within it the model has these values and ``parameters`` holds the model's; no third copy is made."""
-
-    def exchange() -> None:
-        own = dict(model.named_parameters())
-        for name, value in parameters.items():
-            present = own[name].detach().to("cpu", copy=True)
-            own[name].data.copy_(value)
-            value.copy_(present)
-
-    exchange()
-    try:
-        yield
-    finally:
-        exchange()
 
 
 def descend(
