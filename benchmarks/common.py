@@ -17,8 +17,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig
 
-from tamis.recorder import write_atomically
-from tamis.scout import PlainTrainer
+from tamis.demo.world import PlainTrainer
+from tamis.files import write_atomically
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -41,8 +41,8 @@ from torch import Tensor
 
 from tamis.bilevel import row_coefficients
 from tamis.metrics import auroc
-from tamis.selectors import Selector, make_selector
-from tamis.stream import permutation
+from tamis.randomness import permutation
+from tamis.selection.row_weights import SelectorWeights, make_row_weights
 
 NUM_ROWS = 5_000
 BATCH_SIZE = 500
@@ -181,22 +181,22 @@ def batch_rows(num_rows: int, seed: int, step: int, level: int) -> Tensor:
     return permutation(num_rows, seed, epoch, level)[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
 
 
-def scout(selector: Selector, world: World, seed: int, num_steps: int, learning_rate: float) -> None:
-    """Judge every training row by a model that has seen the validation rows alone, as `tamis.scout` does."""
+def scout(row_weights: SelectorWeights, world: World, seed: int, num_steps: int, learning_rate: float) -> None:
+    """Score every training row by a model that has seen the validation rows alone, as `tamis.selection.scout` does."""
     (images, labels), (upper_images, upper_labels) = world.train, world.validation
     model = LinearModel(learning_rate)
     for step in range(num_steps):
         rows_U = batch_rows(len(upper_labels), seed, step, level=1)
         model.descend(model.losses(upper_images[rows_U], upper_labels[rows_U]).mean(), learning_rate)
     loss_N = model.losses(images, labels).detach()
-    selector.judge(torch.arange(len(labels)), loss_N, loss_N - math.log(10))
+    row_weights.score_rows(torch.arange(len(labels)), loss_N, loss_N - math.log(10))
 
 
 def train(method: Method, world: World, seed: int, num_steps: int) -> dict[str, float]:
     """Train with one of the package's selectors, reference `base`: the loss of a model at zero is log 10 everywhere."""
     is_used = world.is_right if method.rows == "right" else torch.ones_like(world.is_right)
     (images, labels), (upper_images, upper_labels) = (part[is_used] for part in world.train), world.validation
-    selector = make_selector(
+    row_weights = make_row_weights(
         method.selector,
         len(labels),
         learning_rate=method.selector_learning_rate,
@@ -204,10 +204,10 @@ def train(method: Method, world: World, seed: int, num_steps: int) -> dict[str, 
     )
     num_scout = round(num_steps * method.scout_ratio / (1 + method.scout_ratio))
     if num_scout:
-        scout(selector, world, seed, num_scout, method.scout_learning_rate)
+        scout(row_weights, world, seed, num_scout, method.scout_learning_rate)
     num_steps -= num_scout
     model, progress = LinearModel(method.learning_rate), Progress(world)
-    share_B = torch.full((BATCH_SIZE,), 1 / BATCH_SIZE)
+    share_B = torch.full((2 * BATCH_SIZE,), 1 / BATCH_SIZE)
     for step in range(num_steps):
         rows_L = batch_rows(len(labels), seed, step, level=0)
         rows_U = batch_rows(len(upper_labels), seed, step, level=1)
@@ -216,14 +216,14 @@ def train(method: Method, world: World, seed: int, num_steps: int) -> dict[str, 
         )
         loss_L = loss_B[:BATCH_SIZE].detach()
         excess_L = loss_L - math.log(10)
-        coefficients_B = row_coefficients(selector.weights(rows_L, excess_L), method.rho, share_B, share_B)
+        coefficients_B = row_coefficients(row_weights.weights(rows_L, excess_L), method.rho, share_B)
         model.descend((coefficients_B * loss_B).sum(), method.learning_rate * (1 - step / num_steps))
-        selector.update(rows_L, loss_L, excess_L)
+        row_weights.update(rows_L, loss_L, excess_L)
         progress.note(step + 1, model)
     results = progress.results()
     if method.selector != "none":
         # Scores rank as weights do, without the ties of a saturated float32 sigmoid.
-        results |= judgement(selector.all_weights() >= 1, selector.table.score_N, world)
+        results |= quality(row_weights.all_weights() >= 1, row_weights.all_scores(), world)
     return results
 
 
@@ -246,10 +246,10 @@ def train_v_pbgd(method: VPbgd, world: World, seed: int, num_steps: int) -> dict
         slope_N = weights_N * (1 - weights_N)
         x_N -= method.x_learning_rate * gamma / max(gamma, 1) * slope_N * (loss_N - tracked_loss_N).detach()
         progress.note(step + 1, model)
-    return progress.results() | judgement(x_N >= 0, x_N, world) | {"max_abs_x": x_N.abs().max().item()}
+    return progress.results() | quality(x_N >= 0, x_N, world) | {"max_abs_x": x_N.abs().max().item()}
 
 
-def judgement(is_kept_N: Tensor, score_N: Tensor, world: World) -> dict[str, float]:
+def quality(is_kept_N: Tensor, score_N: Tensor, world: World) -> dict[str, float]:
     """How well the kept rows agree with the clean ones, and the scores with the right labels."""
     num_hits = (is_kept_N & world.is_clean).sum().item()
     hits_N = world.is_clean[score_N.argsort(descending=True)].double().cumsum(0)

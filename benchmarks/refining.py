@@ -17,10 +17,12 @@ from common import DATA, finish, make_parser
 from sigmorphon import PRETRAIN_STEPS, make_task
 from sigmorphon import SETTINGS as SIGMORPHON_SETTINGS
 
-from tamis.compare import REFINING, Task, compare_methods, format_table, right_answers
-from tamis.demo import SETTINGS as DEMO_SETTINGS
-from tamis.recorder import write_atomically
-from tamis.synthetic import make_world
+from tamis.compare.methods import REFINING, compare_methods
+from tamis.compare.table import format_table
+from tamis.compare.task import Task, right_responses
+from tamis.demo.run import SETTINGS as DEMO_SETTINGS
+from tamis.demo.world import make_world
+from tamis.files import write_atomically
 
 SCENARIOS = ("bad_kinds", "half_wrong", "sigmorphon")
 RHOS = (0.1, 0.3, 0.8)
@@ -95,7 +97,7 @@ def main() -> None:
             for name, figure in (("extra_gap_closed", "gap_closure"), ("extra_gap_closed_loss", "gap_closure_loss")):
                 both = online[figure], offline[figure]
                 figures[name].append(None if None in both else both[0] - both[1])
-            shares[scenario].append(right_answers(folder, REFINING, task))
+            shares[scenario].append(right_responses(folder, REFINING, task))
             all_rows += [row | {"scenario": scenario, "seed": seed} for row in rows]
             all_rows[-2]["refreshes"] = shares[scenario][-1]
         aggregates |= {f"{scenario}_{name}": values for name, values in figures.items()}

@@ -15,10 +15,11 @@ import numpy as np
 from common import finish, make_parser
 from refining import REFINING_SETTINGS
 
-from tamis.compare import Method, right_answers, run_method
-from tamis.demo import SETTINGS
-from tamis.recorder import write_atomically
-from tamis.synthetic import make_world
+from tamis.compare.methods import Method, run_method
+from tamis.compare.task import right_responses
+from tamis.demo.run import SETTINGS
+from tamis.demo.world import make_world
+from tamis.files import write_atomically
 
 RHO = 0.3
 DEFAULT = "default"
@@ -83,7 +84,7 @@ def main() -> None:
         for group, variant, settings in variants:
             method = Method(f"{group} {variant}", task.train_file, settings)
             row = run_method(method, task, folder, common)
-            last = right_answers(folder, method.name, task)[-1] if settings else {}
+            last = right_responses(folder, method.name, task)[-1] if settings else {}
             rows.append(
                 {
                     "group": group,

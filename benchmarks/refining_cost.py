@@ -23,8 +23,9 @@ from datasets import Dataset
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from tamis import BilevelConfig, BilevelTrainer
-from tamis.generation import SamplingSettings, TransformersGenerator, evaluation_mode
-from tamis.synthetic import build_model, build_tokenizer
+from tamis.demo.world import build_model, build_tokenizer
+from tamis.losses import evaluation_mode
+from tamis.refining.generation import SamplingSettings, TransformersGenerator
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NUM_GENERATIONS = (1, 4, 16)

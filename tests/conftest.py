@@ -80,6 +80,9 @@ def bilevel(model_dir, tmp_path):
     """Make a `BilevelTrainer` on the tiny model; ``output_dir`` is a folder of the test's own unless given."""
 
     def make(train, validation=None, evaluation=None, *, model=None, peft_config=None, callbacks=None, **settings):
+        given = {name: settings.pop(name) for name in ("processing_class",) if name in settings}
+        if not isinstance(settings.get("selector", ""), str):
+            given["selector"] = settings.pop("selector")
         args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | settings)
         return BilevelTrainer(
             model or model_dir,
@@ -89,6 +92,7 @@ def bilevel(model_dir, tmp_path):
             eval_dataset=None if evaluation is None else Dataset.from_list(evaluation),
             peft_config=peft_config,
             callbacks=callbacks,
+            **given,
         )
 
     return make
@@ -135,7 +139,7 @@ def lora(**settings) -> LoraConfig:
 
 
 def weighted_step(reduction: str, accumulation: int) -> dict:
-    """Settings of a step over 6 training and 4 validation rows, by the weights of a column; the model stays."""
+    """Settings of a step over 6 training and 4 validation rows, by a column of weights; the model stays as it is."""
     return {
         "selector": "column",
         "rho": 0.3,

@@ -6,18 +6,21 @@ import pytest
 import torch
 
 from tamis.bilevel import (
-    bmo_weights,
     effective_sample_size,
     example_losses,
     importance_weights,
     penalty_gap,
     rho_at,
     row_coefficients,
-    smoothed_minimum,
     weight_entropy,
 )
 
 F64 = torch.float64
+
+
+def smoothed_minimum(nll: torch.Tensor, temperature: float) -> torch.Tensor:
+    """``-tau * log mean exp(-l / tau)`` over the last dimension: between the minimum and the mean of the losses."""
+    return -temperature * (torch.logsumexp(-nll / temperature, dim=-1) - math.log(nll.shape[-1]))
 
 
 def test_loss_of_a_row_is_the_mean_over_its_own_tokens():
@@ -32,9 +35,9 @@ def test_loss_of_a_row_is_the_mean_over_its_own_tokens():
 
 def test_coefficients_are_the_two_means():
     weights_L = torch.tensor([0.5, 1.5])
-    coefficients = row_coefficients(weights_L, 0.25, torch.full((2,), 1 / 2), torch.full((4,), 1 / 4))
+    coefficients = row_coefficients(weights_L, 0.25, torch.tensor([1 / 2] * 2 + [1 / 4] * 4))
     torch.testing.assert_close(coefficients, torch.tensor([0.1875, 0.5625, 0.0625, 0.0625, 0.0625, 0.0625]))
-    assert row_coefficients(weights_L, 1.0, torch.ones(2), torch.ones(1)).tolist() == [0, 0, 1]
+    assert row_coefficients(weights_L, 1.0, torch.ones(3)).tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize(("weights", "size"), [([1, 1, 1, 1], 4), ([0, 5, 0, 0], 1), ([3, 1], 1.6), ([2, 2, 0, 0], 2)])
@@ -50,15 +53,6 @@ def test_entropy():
 
 def test_penalty_gap_is_the_weighted_mean():
     assert penalty_gap(torch.tensor([2.0, 0.0]), torch.tensor([0.5, 9.0])).item() == 0.5
-
-
-def test_bmo_weights_are_the_gradient_of_the_smoothed_minimum():
-    nll = torch.tensor([[0.3, 1.0, 2.0], [4.0, 0.1, 0.2]], dtype=F64, requires_grad=True)
-    smoothed_minimum(nll, 0.4).sum().backward()
-    torch.testing.assert_close(nll.grad, bmo_weights(nll, 0.4))
-    assert not bmo_weights(nll, 0.4).requires_grad
-    with pytest.raises(ValueError, match="positive"):
-        bmo_weights(nll, 0.0)
 
 
 def test_smoothed_minimum_lies_between_minimum_and_mean():
@@ -103,9 +97,9 @@ class QuadraticProblem:
 
     def solve(self, w, rho):
         """The penalty objective and the two models that it compares, lower level summed over the rows."""
-        share = torch.ones_like(w), torch.ones(1, dtype=F64)
-        theta = self.argmin(row_coefficients(w, rho, *share))
-        reference = self.argmin(row_coefficients(w, 0.0, *share))
+        share = torch.ones(len(w) + 1, dtype=F64)
+        theta = self.argmin(row_coefficients(w, rho, share))
+        reference = self.argmin(row_coefficients(w, 0.0, share))
         gap = penalty_gap(w, self.lower(theta) - self.lower(reference)) * len(w)
         return rho * self.upper(theta) + (1 - rho) * gap, theta, reference
 

@@ -1,66 +1,109 @@
-"""The file of our own state: every part gets back what it gave, and nothing that belongs to another run."""
+"""The file of our own state: what was saved comes back, and nothing that belongs to another run."""
+
+import json
+import logging
+import re
+from dataclasses import fields
 
 import pytest
 import torch
+from conftest import PLAIN
 from safetensors import safe_open
+from trl import SFTConfig
 
-from tamis.answers import Answer, RefineBuffer, Refined
-from tamis.checkpoint import STATE_FILE, load_state, refuse_foreign, save_state
-from tamis.references import ZeroReference
-from tamis.selectors import make_selector
+from tamis import BilevelConfig
+from tamis.checkpoint import STATE_FILE, identify, load_state, refuse_foreign, save_state
+
+STATE = {
+    "row_weights.score_N": torch.tensor([0.1, 1 / 3, float("nan")]),
+    "row_weights.sums": torch.tensor([1 / 3], dtype=torch.float64),
+    "reference.parameter.0": torch.arange(6.0).reshape(2, 3).T,  # not contiguous
+    "refiner.token_ids": torch.zeros(0, dtype=torch.int32),
+}
 
 
-def parts() -> dict:
-    buffer = RefineBuffer(response_weighting="bmo", temperature=1.0, ratio_level="token", ratio_clip=5.0, seed=0)
-    return {"selector": make_selector("mirror", 6), "reference": ZeroReference(), "refiner": buffer}
+ROWS = {"train_dataset": "abc", "validation_dataset": "def", "eval_dataset": "ghi"}
 
 
-def test_every_part_gets_back_its_state(tmp_path):
-    first, second = parts(), parts()
-    ids, excess = torch.tensor([1, 4, 5]), torch.tensor([0.1, 1 / 3, -2.0])
-    for _ in range(2):
-        first["selector"].update(ids, excess, excess)
-    first["refiner"].questions = {4: Refined(2, -0.1, [Answer([5, 1], -1 / 3), Answer([7], -0.2, -0.3, -0.4, 1.5)])}
-    save_state(tmp_path, first, num_tokens=123, fingerprint="abc")
-    assert load_state(tmp_path, second) == 123
-    for name, part in first.items():
-        actual = second[name].state_dict()
-        assert actual.keys() == part.state_dict().keys()
-        for key, tensor in part.state_dict().items():
-            assert actual[key].dtype == tensor.dtype
-            assert torch.equal(actual[key].nan_to_num(7), tensor.nan_to_num(7)), f"{name}: {key}"
-    assert second["selector"].table.score_N[5] != 0
-    refuse_foreign(tmp_path, "abc")
-    with pytest.raises(ValueError, match="written while training on other rows"):
-        refuse_foreign(tmp_path, "abd")
+def identity(tmp_path, rows=ROWS, selector="mirror", num_ranks=1, **settings):
+    args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | settings)
+    return identify(args, args.resolve(), rows, selector, num_ranks)
+
+
+def test_the_state_comes_back_bit_for_bit(tmp_path):
+    save_state(tmp_path, STATE, num_tokens=123, identity=identity(tmp_path))
+    state, num_tokens = load_state(tmp_path)
+    assert num_tokens == 123 and state.keys() == STATE.keys()
+    for name, tensor in STATE.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name].nan_to_num(7), tensor.nan_to_num(7)), name
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
 
 
-def test_parts_of_like_names_are_told_apart(tmp_path):
-    first = {"a": make_selector("mirror", 3), "ab": make_selector("mirror", 4)}
-    first["ab"].restore(torch.tensor([2]), torch.tensor([1.0]))
-    save_state(tmp_path, first, num_tokens=0, fingerprint="")
-    second = {"a": make_selector("mirror", 3), "ab": make_selector("mirror", 4)}
-    load_state(tmp_path, second)
-    assert second["a"].table.score_N.tolist() == [0, 0, 0] and second["ab"].table.score_N.tolist() == [0, 0, 1, 0]
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"score_map": "softmax"}, "score_map: bounded -> softmax"),
+        ({"selector": "bmo"}, "selector: mirror -> bmo"),
+        ({"selector_learning_rate": 1.0}, "selector_learning_rate: 1.75 -> 1.0"),
+        ({"scout_ratio": 0.0}, "scout_ratio: 0.25 -> 0.0"),
+        ({"reference": "zero"}, "reference: base -> zero"),
+        ({"rho": 0.3}, "rho: 0.5 -> 0.3"),
+        ({"loss_reduction": "token"}, "loss_reduction: example -> token"),
+        ({"refine_fraction": 0.5}, "refine_fraction: 0.0 -> 0.5"),
+        ({"seed": 1}, "seed: 42 -> 1"),
+        ({"max_length": 12}, "max_length: 1024 -> 12"),
+        ({"per_device_train_batch_size": 8}, "training rows a step: 4 -> 8"),
+        ({"per_device_validation_batch_size": 1}, "validation rows a step: 4 -> 1"),
+        ({"num_ranks": 2}, "training rows a step: 4 -> 8"),
+        ({"rows": ROWS | {"train_dataset": "abd"}}, "train_dataset: other rows, or the same in another order"),
+        ({"rows": ROWS | {"validation_dataset": "x"}}, "validation_dataset: other rows"),
+    ],
+)
+def test_a_changed_meaning_is_refused_with_what_differs(tmp_path, change, difference):
+    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
+    with pytest.raises(ValueError, match=re.escape(difference)):
+        refuse_foreign(tmp_path, identity(tmp_path, **change))
 
 
-def test_a_part_without_state_needs_none(tmp_path):
-    save_state(tmp_path, {"selector": make_selector("none", 2)}, num_tokens=0, fingerprint="")
-    load_state(tmp_path, {"selector": make_selector("none", 2), "reference": ZeroReference()})
-    with pytest.raises(ValueError, match="refiner, selector in one and not the other"):
-        load_state(tmp_path, {"refiner": parts()["refiner"]})
+@pytest.mark.parametrize(
+    ("change", "announced"),
+    [
+        ({}, []),
+        ({"output_dir": "elsewhere"}, []),
+        ({"learning_rate": 2e-3}, ["learning_rate: 0.001 -> 0.002"]),
+        ({"logging_steps": 5, "max_steps": 9}, ["logging_steps: 1 -> 5", "max_steps: default -> 9"]),
+        ({"rows": {n: ROWS[n] for n in ("train_dataset", "validation_dataset")}}, ["eval_dataset: other rows"]),
+        ({"num_ranks": 2, "per_device_train_batch_size": 2}, []),
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, []),
+        ({"refine_on_error": "continue"}, ["refine_on_error: default -> continue"]),
+    ],
+)
+def test_a_harmless_change_is_announced(tmp_path, caplog, change, announced):
+    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
+    with caplog.at_level(logging.INFO, logger="tamis"):
+        refuse_foreign(tmp_path, identity(tmp_path, **change))
+    assert len(caplog.messages) == len(announced)
+    assert all(text in message for text, message in zip(announced, caplog.messages, strict=True))
 
 
-def test_an_empty_buffer_is_a_state(tmp_path):
-    save_state(tmp_path, parts(), num_tokens=0, fingerprint="")
-    second = parts()
-    second["refiner"].questions = {4: Refined(2, -0.1, [Answer([5, 1], -1 / 3)])}
-    load_state(tmp_path, second)
-    assert second["refiner"].questions == {}
+def test_every_setting_of_ours_gives_the_state_a_meaning_or_is_said_not_to(tmp_path):
+    """A new field must be thought about: by default it may not change."""
+    found = identity(tmp_path)
+    own = {f.name for f in fields(BilevelConfig)} - {f.name for f in fields(SFTConfig)}
+    assert own - found.meaning.keys() - {"per_device_validation_batch_size"} == {
+        "refine_on_error", "generation_batch_size", "generator", "vllm_mode", "vllm_server_base_url",
+        "vllm_gpu_memory_utilization",
+    }  # fmt: skip
+
+
+def test_checkpoints_of_other_makers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not by tamis, and cannot be resumed"):
+        refuse_foreign(tmp_path, identity(tmp_path))
 
 
 def test_nothing_is_pickled(tmp_path):
-    save_state(tmp_path, parts(), num_tokens=0, fingerprint="abc")
+    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
     with safe_open(tmp_path / STATE_FILE, "pt") as state:
-        assert state.metadata() == {"train_dataset": "abc"} and "refiner.numbers_R" in state.keys()  # noqa: SIM118
+        assert json.loads(state.metadata()["meaning"])["train_dataset"] == "abc"
+        assert "refiner.token_ids" in state.keys()  # noqa: SIM118

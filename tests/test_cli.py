@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import pairs, write_jsonl
 
-from tamis.cli import main
+from tamis.cli import main, make_train_parser
 
 NO_MODEL = "there/is-no-such-model"  # loading it would fail with another message
 
@@ -185,3 +185,19 @@ def test_help_is_grouped(capfd):
     for title in ("data:", "selection and its two levels:", "training:"):
         assert title in text
     assert text.index("--train_dataset") < text.index("--scout_ratio") < text.index("--num_train_epochs")
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_on"),
+    [
+        ([], True),
+        (["--activation_checkpointing"], True),
+        (["--activation_checkpointing", "false"], False),
+        (["--gradient_checkpointing", "false"], False),
+        (["--gradient_checkpointing"], True),
+    ],
+)
+def test_activation_checkpointing_by_both_of_its_flags(tmp_path, flags, is_on):
+    options = ["--train_dataset", "train.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "true", *flags]
+    _, args, _ = make_train_parser().parse_args_and_config(options)
+    assert args.activation_checkpointing is is_on

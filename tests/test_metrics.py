@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tamis.compare import add_gap_closures
+from tamis.compare.table import add_gap_closures
 from tamis.metrics import auroc, gap_closure
 
 

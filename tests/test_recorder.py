@@ -75,14 +75,17 @@ def test_weights_name_every_row_of_the_user(bilevel, tmp_path):
         "kept": "bool",
         "refined": "bool",
     }
-    assert table.schema.metadata[b"tamis_format_version"] == b"1"
+    assert table.schema.metadata[b"tamis_format_version"] == b"2"
     columns = table.to_pydict()
     assert columns["example_id"] == list(range(13)) and columns["row"] == list(range(10, 23))
     assert columns["content_hash"] == check_rows(Dataset.from_list(rows), "train_dataset")
     assert [i for i, kept in enumerate(columns["kept"]) if not kept] == [3]
     assert columns["weight"][3] == 0 and columns["num_updates"][3] == 0 and columns["last_loss"][3] is None
-    assert columns["num_updates"] == trainer.selector.num_updates_N.tolist() and sum(columns["num_updates"]) == 12
-    weights = trainer.selector.all_weights().tolist()
+    assert (
+        columns["num_updates"] == trainer.weighting.row_weights.num_updates_N.tolist()
+        and sum(columns["num_updates"]) == 12
+    )
+    weights = trainer.weighting.row_weights.all_weights().tolist()
     assert [w for i, w in enumerate(columns["weight"]) if i != 3] == [w for i, w in enumerate(weights) if i != 3]
     assert set(columns["source"]) == {"a.jsonl"}
 
@@ -117,16 +120,25 @@ def test_a_run_leaves_its_settings_and_metrics(bilevel, tmp_path):
     info = config.pop("run_info")
     assert config.items() >= settings.items() and "selector" not in config
     assert BilevelConfig(**config).to_dict() == trainer.args.to_dict()
-    assert info["format_version"] == 1 and info["versions"].keys() >= {"torch", "trl", "tamis"}
+    assert info["format_version"] == 2 and info["versions"].keys() >= {"torch", "trl", "tamis"}
     assert info["dataset_fingerprints"].keys() == {"train_dataset", "validation_dataset", "eval_dataset"}
     assert len(set(info["dataset_fingerprints"].values())) == 3
     assert any(line.startswith("score_map = bounded") for line in info["resolved"])
 
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 3, 3]
-    shown = {"loss", "lower_loss", "weighted_lower_loss", "upper_loss", "penalty_gap", "rho", "ess", "ess_ratio"}
+    shown = {
+        "loss",
+        "training_loss",
+        "weighted_training_loss",
+        "validation_loss",
+        "penalty_gap",
+        "rho",
+        "ess",
+        "ess_ratio",
+    }
     assert all(line.keys() >= shown | {"weight_entropy", "num_tokens"} for line in lines[:3])
-    assert lines[3].keys() >= {"eval_loss", "eval_exact_match"} and lines[4].keys() >= {"train_runtime"}
+    assert lines[3].keys() >= {"eval_loss", "eval_teacher_forced_match"} and lines[4].keys() >= {"train_runtime"}
     assert all(0 < line["ess_ratio"] <= 1 for line in lines[:3])
     assert not [path for path in (tmp_path / "run").rglob("*.tmp")]
 
@@ -188,9 +200,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path, name):
     assert resumed.state.global_step == 5
 
     assert_close(parameters(resumed.model), parameters(whole.model), atol=0)
-    for part in ("selector", "reference"):
-        expected = getattr(whole, part).state_dict()
-        actual = getattr(resumed, part).state_dict()
+    for part in ("row_weights", "reference"):
+        expected = getattr(whole.weighting, part).state_dict()
+        actual = getattr(resumed.weighting, part).state_dict()
         assert actual.keys() == expected.keys()
         assert all(torch.equal(t.nan_to_num(-1), expected[n].nan_to_num(-1)) for n, t in actual.items())
     tables = [pq.read_table(tmp_path / folder / "weights.parquet") for folder in ("cut", "whole")]
@@ -247,7 +259,7 @@ def test_another_dataset_is_refused_and_nothing_is_lost(run, tmp_path, train):
 def test_a_checkpoint_of_another_trainer_is_refused(run, tmp_path):
     cut_short(run)
     (tmp_path / "cut" / "checkpoint-2" / "tamis.safetensors").unlink()
-    with pytest.raises(ValueError, match="was not written by tamis"):
+    with pytest.raises(ValueError, match="not by tamis, and cannot be resumed"):
         run("cut").train(resume_from_checkpoint=True)
 
 

@@ -5,20 +5,35 @@ from itertools import chain
 
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import TrainingArguments
 
-from tamis.stream import BilevelBatchSampler, BilevelCollator, permutation, upper_id
+from tamis.randomness import permutation
+from tamis.stream import (
+    Batches,
+    BilevelBatchSampler,
+    MicroBatch,
+    PreparedRows,
+    Substitute,
+    make_stream,
+    prompt_and_response,
+)
 
 
-def sampler(num_lower=20, num_upper=7, lower=4, upper=3, epoch=0, seed=0, **settings) -> BilevelBatchSampler:
-    return BilevelBatchSampler(
-        num_lower=num_lower,
-        num_upper=num_upper,
-        lower_batch_size=lower,
-        upper_batch_size=upper,
+def sampler(
+    num_training=20, num_validation=7, training=4, validation=3, epoch=0, seed=0, **settings
+) -> BilevelBatchSampler:
+    made = BilevelBatchSampler(
+        num_training=num_training,
+        num_validation=num_validation,
+        training_batch_size=training,
+        validation_batch_size=validation,
         seed=seed,
-        epoch=lambda: epoch,
         **settings,
     )
+    made.set_epoch(epoch)
+    return made
 
 
 def global_batches(num_ranks: int, **settings) -> list[list[int]]:
@@ -28,25 +43,25 @@ def global_batches(num_ranks: int, **settings) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-@pytest.mark.parametrize("num_lower", [1, 5, 20, 23])
-def test_every_training_row_exactly_once_an_epoch(num_lower, num_ranks):
-    batches = global_batches(num_ranks, num_lower=num_lower, epoch=3)
-    rows = [row for batch in batches for row in batch if row < num_lower]
-    assert sorted(rows) == list(range(num_lower))
-    assert len(batches) == len(sampler(num_lower=num_lower, num_ranks=num_ranks))
+@pytest.mark.parametrize("num_training", [1, 5, 20, 23])
+def test_every_training_row_exactly_once_an_epoch(num_training, num_ranks):
+    batches = global_batches(num_ranks, num_training=num_training, epoch=3)
+    rows = [row for batch in batches for row in batch if row < num_training]
+    assert sorted(rows) == list(range(num_training))
+    assert len(batches) == len(sampler(num_training=num_training, num_ranks=num_ranks))
 
 
 def test_training_rows_come_first():
-    for batch in sampler(num_lower=10):
+    for batch in sampler(num_training=10):
         levels = [row >= 10 for row in batch]
         assert levels == sorted(levels) and sum(levels) == 3
 
 
-@pytest.mark.parametrize("num_lower", [32, 35])
-def test_two_ranks_see_what_one_rank_with_the_double_batch_sees(num_lower):
+@pytest.mark.parametrize("num_training", [32, 35])
+def test_two_ranks_see_what_one_rank_with_the_double_batch_sees(num_training):
     for epoch in range(3):
-        two = global_batches(2, num_lower=num_lower, lower=4, upper=2, epoch=epoch)
-        one = global_batches(1, num_lower=num_lower, lower=8, upper=4, epoch=epoch)
+        two = global_batches(2, num_training=num_training, training=4, validation=2, epoch=epoch)
+        one = global_batches(1, num_training=num_training, training=8, validation=4, epoch=epoch)
         assert two == one
 
 
@@ -62,14 +77,12 @@ def test_rows_follow_from_seed_and_epoch_alone():
     assert permutation(50, 0, 1, level=0).tolist() != permutation(50, 0, 1, level=1).tolist()
 
 
-def test_the_epoch_is_asked_for_when_an_iteration_starts():
-    epoch = 0
-    stream = BilevelBatchSampler(
-        num_lower=20, num_upper=0, lower_batch_size=4, upper_batch_size=4, seed=0, epoch=lambda: epoch
-    )
+def test_another_epoch_is_another_permutation():
+    stream = sampler(num_validation=0)
     first = list(stream)
-    epoch = 1
-    assert list(stream) != first and list(stream) == list(sampler(num_upper=0, epoch=1))
+    assert list(stream) == first, "until an epoch is said to be over"
+    stream.set_epoch(1)
+    assert list(stream) != first and list(stream) == list(sampler(num_validation=0, epoch=1))
 
 
 def test_validation_rows_cycle_evenly_across_epochs():
@@ -86,33 +99,113 @@ def test_validation_rows_of_any_whole_cycle_are_distinct():
 
 
 def test_fewer_validation_rows_than_a_batch_takes():
-    assert all(Counter(batch)[20] == 3 for batch in sampler(num_upper=1, upper=3))
+    assert all(Counter(batch)[20] == 3 for batch in sampler(num_validation=1, validation=3))
 
 
 def test_drop_last():
-    assert [len(batch) for batch in sampler(num_lower=10, num_upper=0)] == [4, 4, 2]
-    assert [len(batch) for batch in sampler(num_lower=10, num_upper=0, drop_last=True)] == [4, 4]
-    assert [len(batch) for batch in sampler(num_lower=8, num_upper=0, drop_last=True)] == [4, 4]
+    assert [len(batch) for batch in sampler(num_training=10, num_validation=0)] == [4, 4, 2]
+    assert [len(batch) for batch in sampler(num_training=10, num_validation=0, drop_last=True)] == [4, 4]
+    assert [len(batch) for batch in sampler(num_training=8, num_validation=0, drop_last=True)] == [4, 4]
 
 
 def test_fewer_rows_than_ranks():
-    with_upper = [list(sampler(num_lower=2, rank=rank, num_ranks=3)) for rank in range(3)]
-    assert [sum(row < 2 for row in batches[0]) for batches in with_upper] == [1, 1, 0]
-    assert all(len(batches) == 1 for batches in with_upper), "every rank has the same number of steps"
+    with_validation = [list(sampler(num_training=2, rank=rank, num_ranks=3)) for rank in range(3)]
+    assert [sum(row < 2 for row in batches[0]) for batches in with_validation] == [1, 1, 0]
+    assert all(len(batches) == 1 for batches in with_validation), "every rank has the same number of steps"
     # Without validation rows a rank would be left with nothing: the step is left out on all of them.
-    assert [list(sampler(num_lower=2, num_upper=0, rank=rank, num_ranks=3)) for rank in range(3)] == [[], [], []]
+    assert [list(sampler(num_training=2, num_validation=0, rank=rank, num_ranks=3)) for rank in range(3)] == [
+        [],
+        [],
+        [],
+    ]
 
 
-def test_collator_counts_and_names_rows():
+# --- from ids to tensors ----------------------------------------------------------------------------------------------
+
+TRAINING = PreparedRows(
+    Dataset.from_list(
+        [
+            {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "example_id": 9},
+            {"input_ids": [5, 6], "labels": [5, 6], "example_id": 3},  # the first token follows from nothing
+            {"input_ids": [8, 8, 8, 1], "labels": [-100, -100, 8, 1], "example_id": 4},
+        ]
+    )
+)
+VALIDATION = PreparedRows(
+    Dataset.from_list([{"input_ids": [2, 2, 2, 7], "labels": [-100, -100, -100, 7], "example_id": 4}])
+)
+
+
+def batches_of(reduction: str, accelerator=None) -> Batches:
     def pad(rows):
         width = max(len(row["labels"]) for row in rows)
-        return {"labels": torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows])}
+        return {
+            "input_ids": torch.tensor([row["input_ids"] + [0] * (width - len(row["labels"])) for row in rows]),
+            "labels": torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows]),
+        }
 
-    rows = [
-        {"labels": [-100, 5, 6], "example_id": 9},
-        {"labels": [5, 6], "example_id": 3},  # the first token has nothing to be predicted from
-        {"labels": [-100, -100, -100, 7], "example_id": upper_id(4)},
+    return Batches(TRAINING, VALIDATION, pad, accelerator or Accelerator(cpu=True), reduction)
+
+
+def test_rows_are_found_by_their_ids_in_any_order():
+    assert [row["input_ids"] for row in TRAINING.take([4, 9, 4])] == [[8, 8, 8, 1], [5, 6, 7], [8, 8, 8, 1]]
+    assert [(i, row["labels"]) for i, row in TRAINING] == [
+        (9, [-100, 6, 7]),
+        (3, [5, 6]),
+        (4, [-100, -100, 8, 1]),
     ]
-    batch = BilevelCollator(pad)(rows)
-    assert batch["example_ids"] == [9, 3] and batch["upper_rows"] == [4] and batch["num_tokens"] == [2, 1, 1]
-    assert list(BilevelCollator(pad)([{"labels": [1, 2]}])) == ["labels"], "batches of evaluation pass unchanged"
+    with pytest.raises(AssertionError, match="left out"):
+        TRAINING.take([5])
+
+
+@pytest.mark.parametrize(
+    ("reduction", "shares"), [("example", [[1 / 3, 1 / 3, 1], [1 / 3]]), ("token", [[2 / 5, 1 / 5, 1], [2 / 5]])]
+)
+def test_a_batch_names_and_counts_its_rows(reduction, shares):
+    first, second = batches_of(reduction).collate([MicroBatch([9, 3], [4]), MicroBatch([4], [])])
+    assert first["input_ids"].tolist() == [[5, 6, 7, 0], [5, 6, 0, 0], [2, 2, 2, 7]]
+    rows = first["rows"]
+    assert (rows.training_ids, rows.validation_ids) == ([9, 3], [4]) and rows.num_training == 2
+    assert rows.num_tokens_B.tolist() == [2, 1, 1] and rows.responses_L.tolist() == [-1, -1]
+    assert rows.share_B.tolist() == pytest.approx(shares[0])
+    assert second["rows"].share_B.tolist() == pytest.approx(shares[1]), "of the whole step, not of the micro-batch"
+
+
+@pytest.mark.parametrize("collate", [lambda rows: {"labels": torch.zeros(1, 9)}, lambda rows: {"input_ids": [1, 2]}])
+def test_a_collator_must_keep_rows_apart(collate):
+    batches = Batches(TRAINING, VALIDATION, collate, Accelerator(cpu=True), "example")
+    with pytest.raises(ValueError, match="one row of labels for each row"):
+        batches.collate([MicroBatch([9, 3], [4])])
+    with pytest.raises(ValueError, match="one row of labels for each row"):
+        batches.collate_rows(TRAINING.take([9, 3]))
+
+
+def test_a_generated_response_takes_the_place_of_the_original_one():
+    substitute = {4: Substitute(index=2, token_ids=[6, 1])}
+    (batch,) = batches_of("token").collate([MicroBatch([9, 4], [], substitute)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [8, 8, 6, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100], [-100, -100, 6, 1]]
+    assert batch["rows"].responses_L.tolist() == [-1, 2]
+
+
+def test_the_stream_yields_ids():
+    args = TrainingArguments(output_dir="unused", use_cpu=True)
+    stream = make_stream(TRAINING, VALIDATION, args, training_batch_size=2, validation_batch_size=1)
+    batches = list(stream)
+    assert sorted(chain(*(batch.training_ids for batch in batches))) == [3, 4, 9]
+    assert [batch.validation_ids for batch in batches] == [[4], [4]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "parts"),
+    [
+        ([-100, -100, 12, 13], ([10, 11], [12, 13])),
+        ([-100, -100, -100, 13], ([10, 11, 12], [13])),
+        ([10, 11, 12, 13], None),  # plain text: no prompt
+        ([-100, 11, -100, 13], None),  # several turns
+        ([-100, 11, 12, -100], None),
+        ([-100] * 4, None),  # no response
+    ],
+)
+def test_prompt_and_response(labels, parts):
+    assert prompt_and_response({"input_ids": [10, 11, 12, 13], "labels": labels}) == parts

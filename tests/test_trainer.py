@@ -1,11 +1,17 @@
 """A step against TRL's own trainer and against gradients row by row; accumulation, evaluation, failures."""
 
+import contextlib
 import logging
+from itertools import chain
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
+    PLAIN,
     GradientRecorder,
+    Kill,
+    Killed,
     assert_close,
     lora,
     pairs,
@@ -15,10 +21,14 @@ from conftest import (
     row_gradients,
     weighted_step,
 )
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
-from tamis import NonFiniteLossError
-from tamis.references import fused_forward
+from tamis import BilevelConfig, BilevelTrainer, NonFiniteLossError
+from tamis.checkpoint import load_state
+from tamis.losses import fused_forward
 
 PLAIN_MIXING = {"selector": "none", "rho": 0.0}
 CHAT = [
@@ -130,7 +140,9 @@ def test_rho_goes_from_start_to_end(bilevel, tmp_path):
     ).train()
     lines = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     for line, rho in zip(lines, [1.0, 0.5, 0.0, 0.0], strict=True):
-        assert line["loss"] == pytest.approx(rho * line["upper_loss"] + (1 - rho) * line["lower_loss"], abs=1e-6)
+        assert line["loss"] == pytest.approx(
+            rho * line["validation_loss"] + (1 - rho) * line["training_loss"], abs=1e-6
+        )
 
 
 # --- batches and accumulation -----------------------------------------------------------------------------------------
@@ -153,15 +165,17 @@ def run_with(bilevel, batch_size: int, accumulation: int, num_rows: int = 16, **
 def test_batch_times_accumulation_is_all_that_counts(bilevel, settings):
     # With `tracked` the excess is the difference of two models: a softer rule keeps its rounding small.
     expected = run_with(bilevel, 8, 1, selector_learning_rate=0.5, **settings)
-    assert expected.state.global_step == 4 and expected.selector.table.score_N.std() > 0.05
+    assert expected.state.global_step == 4 and expected.weighting.row_weights.table.score_N.std() > 0.05
     for batch_size, accumulation in ((4, 2), (1, 8)):
         actual = run_with(bilevel, batch_size, accumulation, selector_learning_rate=0.5, **settings)
         assert actual.state.global_step == 4
         assert_close(parameters(actual.model), parameters(expected.model), atol=2e-6)
-        table, other = actual.selector.table, expected.selector.table
+        table, other = actual.weighting.row_weights.table, expected.weighting.row_weights.table
         torch.testing.assert_close(table.score_N, other.score_N, atol=1e-3, rtol=0)
-        torch.testing.assert_close(actual.selector.all_weights(), expected.selector.all_weights(), atol=1e-3, rtol=0)
-        assert torch.equal(actual.selector.num_updates_N, expected.selector.num_updates_N)
+        torch.testing.assert_close(
+            actual.weighting.row_weights.all_weights(), expected.weighting.row_weights.all_weights(), atol=1e-3, rtol=0
+        )
+        assert torch.equal(actual.weighting.row_weights.num_updates_N, expected.weighting.row_weights.num_updates_N)
 
 
 def test_a_last_window_with_fewer_rows_is_a_mean_all_the_same(bilevel):
@@ -176,7 +190,7 @@ def test_a_last_window_with_fewer_rows_is_a_mean_all_the_same(bilevel):
         max_grad_norm=0.0,
         callbacks=[recorder],
     )
-    ids = [i for batch in trainer.get_train_dataloader() for i in batch["example_ids"]]
+    ids = [i for batch in trainer.get_train_dataloader() for i in batch.training_ids]
     trainer.train()
     by_id = {row["example_id"]: row for row in trainer.train_dataset}
     for gradients, rows in zip(recorder.steps, (ids[:8], ids[8:]), strict=True):
@@ -187,7 +201,7 @@ def test_a_last_window_with_fewer_rows_is_a_mean_all_the_same(bilevel):
 @pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 1}, {"dataloader_drop_last": True}])
 def test_every_row_is_seen_once_an_epoch(bilevel, settings):
     trainer = run_with(bilevel, 4, 1, num_rows=10, scout_ratio=0.0, num_train_epochs=3.0, **settings)
-    num_seen = trainer.selector.num_updates_N
+    num_seen = trainer.weighting.row_weights.num_updates_N
     assert num_seen.sum() == (24 if settings.get("dataloader_drop_last") else 30)
     assert num_seen.max() == 3 and trainer.state.epoch == 3
     assert trainer.num_examples(trainer.callback_handler.train_dataloader) == 10
@@ -202,6 +216,39 @@ def test_global_randomness_is_not_what_picks_the_rows(bilevel):
     first = run_with(bilevel, 4, 1, num_rows=12, seed=1, data_seed=7, scout_ratio=0.0)
     second = run_with(bilevel, 4, 1, num_rows=12, seed=2, data_seed=7, scout_ratio=0.0)
     assert_close(parameters(first.model), parameters(second.model), atol=0)
+
+
+class StopEpoch(TrainerCallback):
+    """Ends every epoch after its second step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step % 2 == 0
+
+
+def ids_of_run(trainer, resume=False) -> list[list[int]]:
+    """The training rows of each step."""
+    ids, collate = [], trainer.batches.collate
+    trainer.batches.collate = lambda batches: ids.append(batches[0].training_ids) or collate(batches)
+    with contextlib.suppress(Killed):
+        trainer.train(resume_from_checkpoint=resume)
+    return ids
+
+
+def test_after_an_epoch_that_was_stopped_comes_another_permutation(bilevel):
+    trainer = bilevel(pairs(16), **PLAIN_MIXING, num_train_epochs=3, callbacks=[StopEpoch()])
+    ids = ids_of_run(trainer)
+    epochs = [ids[k] + ids[k + 1] for k in (0, 2, 4)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_run_that_goes_on_in_the_middle_of_an_epoch_sees_the_rows_it_would_have_seen(bilevel, tmp_path):
+    settings = PLAIN_MIXING | {"max_steps": 12, "save_strategy": "steps", "save_steps": 6}
+    expected = ids_of_run(bilevel(pairs(16), **settings, output_dir=str(tmp_path / "whole")))
+    assert sorted(chain(*expected[4:8])) == list(range(16)) and expected[4:8] != expected[:4] != expected[8:]
+    killed = ids_of_run(bilevel(pairs(16), **settings, callbacks=[Kill(7)]))
+    resumed = ids_of_run(bilevel(pairs(16), **settings), resume=True)
+    assert killed == expected[:7] and resumed == expected[6:]
 
 
 # --- LoRA, checkpointing, references ----------------------------------------------------------------------------------
@@ -248,14 +295,16 @@ def test_tracked_does_not_touch_the_trained_model(bilevel, is_lora):
             **{"optim": "sgd", "learning_rate": 0.2, "max_steps": 5} | settings,
         )
         before = parameters(trainer.model)
-        tracked_before = [p.detach().clone() for p in getattr(trainer.reference, "parameters", [])]
+        tracked_before = [p.detach().clone() for p in getattr(trainer.weighting.reference, "parameters", [])]
         trainer.train()
         finals.append({n: p for n, p in parameters(trainer.model).items() if "tamis_tracked" not in n})
     assert_close(finals[1], finals[0], atol=2e-6)
     assert any((finals[1][n] - before[n]).abs().max() > 1e-3 for n in finals[1])
-    moved = [(p - q).abs().max().item() for p, q in zip(trainer.reference.parameters, tracked_before, strict=True)]
+    moved = [
+        (p - q).abs().max().item() for p, q in zip(trainer.weighting.reference.parameters, tracked_before, strict=True)
+    ]
     assert min(moved) > 0, "its own adapter follows the training rows"
-    assert all(p.grad is None for p in trainer.reference.parameters)
+    assert all(p.grad is None for p in trainer.weighting.reference.parameters)
 
 
 def test_only_the_trained_adapter_is_saved(bilevel, tmp_path):
@@ -292,7 +341,7 @@ def test_prompts_that_fill_max_length_are_dropped_and_named(bilevel, caplog):
         trainer = bilevel(train, pairs(4, 95), max_length=20, max_steps=2)
     assert "train_dataset: 1 of 6 rows dropped" in caplog.text and "first: train_dataset, row 3" in caplog.text
     trainer.train()
-    assert trainer.selector.num_updates_N[3] == 0 and 3 not in trainer.train_dataset["example_id"]
+    assert trainer.weighting.row_weights.num_updates_N[3] == 0 and 3 not in trainer.train_dataset["example_id"]
     with pytest.raises(ValueError, match=r"train_dataset: all 1 rows .* Raise --max_length"):
         bilevel([train[3]], pairs(4, 95), max_length=20)
     with pytest.raises(ValueError, match=r"validation_dataset: all 1 rows .* Raise --max_length"):
@@ -314,9 +363,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monk
         ), outputs
 
     monkeypatch.setattr("tamis.trainer.fused_forward", poisoned)
-    ids = []
-    collate = trainer.data_collator
-    trainer.data_collator = lambda rows: ids.append([row["example_id"] for row in rows]) or collate(rows)
+    ids, collate = [], trainer.batches.collate
+    trainer.batches.collate = lambda batches: ids.append(batches[0].training_ids) or collate(batches)
     with pytest.raises(NonFiniteLossError, match="step 3: the loss is not finite on train_dataset, row") as caught:
         trainer.train()
     # Two steps make an epoch: the third is the first of the next one.
@@ -339,7 +387,7 @@ def test_a_model_with_nan_names_its_rows(bilevel):
 
 def test_a_reference_that_is_not_finite_does_not_reach_the_model(bilevel):
     trainer = bilevel(pairs(8), pairs(4, 95), max_steps=2, reference="tracked")
-    for parameter in trainer.reference.parameters:
+    for parameter in trainer.weighting.reference.parameters:
         parameter.data.fill_(float("nan"))
     before = parameters(trainer.model)
     with pytest.raises(NonFiniteLossError):
@@ -350,24 +398,138 @@ def test_a_reference_that_is_not_finite_does_not_reach_the_model(bilevel):
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+def greedy(trainer, prompt: str, num_tokens: int = 12) -> str:
+    """What greedy decoding answers, without padding."""
+    tokenizer = trainer.processing_class
+    inputs = tokenizer(prompt, return_tensors="pt")
+    out = trainer.model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
+    answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
+    return answer.replace(" ", "").split("<pad>")[0]
+
+
 def test_evaluation_against_generation(bilevel):
-    train = pairs(6)
     evaluation = [*pairs(5), *pairs(2, 40)]
     trainer = bilevel(
-        train, evaluation=evaluation, **PLAIN_MIXING, learning_rate=1e-2, max_steps=60, per_device_eval_batch_size=3
+        pairs(6), evaluation=evaluation, **PLAIN_MIXING, learning_rate=1e-2, max_steps=60, per_device_eval_batch_size=3
     )
     trainer.train()
     metrics = trainer.evaluate()
     losses = [plain_loss(trainer.model, row["input_ids"], row["labels"]).item() for row in trainer.eval_dataset]
     assert metrics["eval_loss"] == pytest.approx(sum(losses) / 7, abs=1e-5)
-    tokenizer, num_right = trainer.processing_class, 0
-    for row in evaluation:
-        prompt = tokenizer(row["prompt"], return_tensors="pt")
-        out = trainer.model.generate(**prompt, do_sample=False, max_new_tokens=12, pad_token_id=0)
-        answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=False)
-        num_right += answer.replace(" ", "").split("<pad>")[0] == row["completion"] + "<eos>"
+    num_right = sum(greedy(trainer, row["prompt"]) == row["completion"] + "<eos>" for row in evaluation)
     assert 0 < num_right < 7
-    assert metrics["eval_exact_match"] == pytest.approx(num_right / 7)
+    assert metrics["eval_teacher_forced_match"] == pytest.approx(num_right / 7)
+
+
+def test_teacher_forced_match_is_not_exact_match_for_truncated_rows(bilevel):
+    """Every token that is left is right, and greedy decoding goes on where the row was cut."""
+    rows = [{"prompt": "1=", "completion": "2" * 30}]
+    trainer = bilevel(rows, evaluation=rows, **PLAIN_MIXING, learning_rate=1e-2, max_steps=25, max_length=8)
+    trainer.train()
+    assert trainer.evaluate()["eval_teacher_forced_match"] == 1
+    assert greedy(trainer, "1=", 40) == "2" * 40
+
+
+def test_teacher_forced_match_is_not_exact_match_for_messages(bilevel):
+    """Every answer is what greedy decoding gives, and the tokens of the user, who may say anything, count as well."""
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": q * 2}]} for q in "abcd"]
+    trainer = bilevel(rows, evaluation=rows, **PLAIN_MIXING, learning_rate=1e-2, max_steps=80)
+    trainer.train()
+    assert [greedy(trainer, f"<user>{q}<eos><assistant>", 3) for q in "abcd"] == [f"{q * 2}<eos>" for q in "abcd"]
+    assert trainer.evaluate()["eval_teacher_forced_match"] <= 0.25
+
+
+@pytest.fixture
+def trainers(model_dir, tmp_path):
+    """Trainers of tamis and of TRL, to evaluate with; both may have further arguments."""
+
+    def make(evaluation, **arguments):
+        settings = PLAIN | {"output_dir": str(tmp_path), "per_device_eval_batch_size": 3}
+        datasets = {"train_dataset": Dataset.from_list(pairs(4)), "eval_dataset": evaluation}
+        own = BilevelTrainer(model_dir, BilevelConfig(**settings, **PLAIN_MIXING), **datasets, **arguments)
+        return own, SFTTrainer(model_dir, SFTConfig(**settings), **datasets, **arguments)
+
+    return make
+
+
+def accuracy(prediction) -> dict[str, float]:
+    labels = prediction.label_ids[:, 1:]
+    is_right = prediction.predictions[:, :-1] == labels
+    return {"accuracy": float(is_right[labels != -100].mean()), "num_rows": float(len(labels))}
+
+
+@pytest.mark.filterwarnings("ignore:.*return_outputs=True.*:FutureWarning")  # TRL of its own path
+def test_compute_metrics_changes_no_other_metric(trainers):
+    evaluation = Dataset.from_list(pairs(5, 60))
+    shapes = []
+
+    def best(logits, labels):
+        shapes.append(logits.shape)
+        return logits.argmax(dim=-1)
+
+    arguments = {"compute_metrics": accuracy, "preprocess_logits_for_metrics": best}
+    own, trl = trainers(evaluation, **arguments)
+    found, expected = own.evaluate(), trl.evaluate()
+    assert shapes[:2] == shapes[2:] and shapes[0] != shapes[1]
+    for name in ("eval_accuracy", "eval_num_rows"):
+        assert found[name] == expected[name]
+    # TRL's are means over the two batches, of 3 and 2 rows.
+    assert found["eval_accuracy"] == pytest.approx(found["eval_mean_token_accuracy"])
+    assert found["eval_entropy"] == pytest.approx(expected["eval_entropy"], rel=0.05)
+    without = trainers(evaluation)[0].evaluate()
+    for name in ("loss", "teacher_forced_match", "mean_token_accuracy", "entropy"):
+        assert found[f"eval_{name}"] == without[f"eval_{name}"]
+    predicted = own.predict(own.eval_dataset)
+    assert predicted.metrics["test_loss"] == found["eval_loss"] and len(predicted.label_ids) == 5
+
+
+def test_several_data_sets_may_be_held_out(trainers, caplog):
+    evaluation = {"a": Dataset.from_list([*pairs(5, 60), {"prompt": "1" * 2000, "completion": "2"}, *pairs(1)])}
+    evaluation["b"] = Dataset.from_list(pairs(3, 80))
+    with caplog.at_level(logging.WARNING):
+        own, trl = trainers(evaluation)
+    assert "eval_dataset['a']: 1 of 7 rows dropped" in caplog.text
+    metrics = own.evaluate()
+    assert {name for name in trl.evaluate() if "loss" in name} == {"eval_a_loss", "eval_b_loss"}
+    for name, rows in own.eval_dataset.items():
+        losses = [plain_loss(own.model, row["input_ids"], row["labels"]).item() for row in rows]
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert own.evaluate(evaluation[name])["eval_loss"] == metrics[f"eval_{name}_loss"]
+    assert own._fingerprints.keys() == {"train_dataset", "eval_dataset['a']", "eval_dataset['b']"}
+
+
+def test_overlap_of_held_out_rows_is_said_by_name(model_dir, tmp_path, caplog):
+    evaluation = DatasetDict(a=Dataset.from_list(pairs(2, 60)), b=Dataset.from_list(pairs(3)))
+    args = BilevelConfig(**PLAIN, output_dir=str(tmp_path))
+    rows = {"train_dataset": Dataset.from_list(pairs(4)), "validation_dataset": Dataset.from_list(pairs(2, 95))}
+    BilevelTrainer(model_dir, args, **rows, eval_dataset=evaluation)
+    (message,) = [r.message for r in caplog.records if "share" in r.message]
+    assert message.startswith("eval_dataset['b'] and train_dataset share 3 row(s)")
+
+
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_rows_whose_loss_is_not_finite_are_left_out_of_the_mean_as_in_trl(bilevel, is_filtered):
+    trainer = bilevel(pairs(4), evaluation=pairs(3, 60), **PLAIN_MIXING, logging_nan_inf_filter=is_filtered)
+    metrics = trainer._row_metrics(torch.tensor([[1.0, 1, 2, 1, 3], [float("nan"), 0, 2, 1, 3], [4.0, 0, 4, 4, 2]]))
+    assert metrics["loss"] == 2.5 if is_filtered else metrics["loss"] != metrics["loss"]
+    assert metrics["teacher_forced_match"] == pytest.approx(1 / 3)
+    assert (metrics["mean_token_accuracy"], metrics["entropy"]) == (6 / 8, 1.0)
+
+
+def test_the_weights_at_the_end_are_those_of_the_best_checkpoint(bilevel, tmp_path):
+    """Each step takes the model farther away from the held-out rows, whose answers are others: the first is best."""
+    trainer = bilevel(
+        [*pairs(6), *pairs(6, 50, wrong=True)], pairs(4, 95), [{"prompt": "1=", "completion": "zzzz"}],
+        scout_ratio=0.0, reference="zero", learning_rate=3e-2, max_steps=3, load_best_model_at_end=True,
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    run, name = tmp_path / "run", "row_weights.score_N"
+    assert trainer.state.best_model_checkpoint == str(run / "checkpoint-1")
+    scores = [load_state(run / f"checkpoint-{step}")[0] for step in (1, 3)]
+    assert not torch.equal(scores[0][name], scores[1][name])
+    written = pq.read_table(run / "weights.parquet")["score"].to_numpy()
+    assert written.tolist() == scores[0][name].tolist()
 
 
 def test_held_out_rows_may_have_other_columns(bilevel):
@@ -383,7 +545,7 @@ def test_evaluation_while_training_does_not_change_the_run(bilevel):
     without = bilevel(pairs(8), pairs(4, 95), max_steps=4)
     without.train()
     assert_close(parameters(with_evaluation.model), parameters(without.model), atol=0)
-    assert sum("eval_exact_match" in line for line in with_evaluation.state.log_history) == 4
+    assert sum("eval_teacher_forced_match" in line for line in with_evaluation.state.log_history) == 4
 
 
 def test_validation_rows_are_refused_where_they_are_held_out(bilevel):

@@ -2,7 +2,8 @@
 
 from tamis.config import BilevelConfig
 from tamis.data import load_rows
-from tamis.selectors import Selector, make_selector
-from tamis.trainer import BilevelTrainer, NonFiniteLossError
+from tamis.losses import NonFiniteLossError
+from tamis.selection.selectors import Selector
+from tamis.trainer import BilevelTrainer
 
-__all__ = ["BilevelConfig", "BilevelTrainer", "NonFiniteLossError", "Selector", "load_rows", "make_selector"]
+__all__ = ["BilevelConfig", "BilevelTrainer", "NonFiniteLossError", "Selector", "load_rows"]

@@ -1,5 +1,15 @@
 """The only imports from libraries that they do not promise to keep, in one place."""
 
-from accelerate.data_loader import prepare_data_loader  # documented, but not exported at top level
+from typing import Any
 
-__all__ = ["prepare_data_loader"]
+from peft.tuners.lora import LoraLayer
+from trl.import_utils import is_vllm_available
+
+__all__ = ["LoraLayer", "is_vllm_available", "vllm_generation"]
+
+
+def vllm_generation(*args: Any, **kwargs: Any) -> Any:
+    """TRL's `VLLMGeneration`, imported only where vLLM is used."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    return VLLMGeneration(*args, **kwargs)

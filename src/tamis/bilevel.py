@@ -32,23 +32,24 @@ def example_losses(log_probs_BT: Tensor, label_mask_BT: Tensor) -> tuple[Tensor,
     return -log_probs_BT.sum(dim=1) / num_tokens_B.clamp(min=1), num_tokens_B
 
 
-def row_coefficients(weights_L: Tensor, rho: float, lower_share_L: Tensor, upper_share_U: Tensor) -> Tensor:
-    """Coefficients of a micro-batch's rows, the L training rows first, then the U validation rows.
+def row_coefficients(weights_L: Tensor, rho: float, share_B: Tensor) -> Tensor:
+    """Coefficients of a micro-batch's rows, the L training rows first, then the validation rows.
 
     The one place where an algorithm reaches the model: the loss of a step is ``sum c * l``.
 
     Args:
         weights_L: weights of the training rows, mean one over the training dataset.
         rho: share of the upper level, in [0, 1].
-        lower_share_L, upper_share_U: what one row counts in the mean over its level. They sum to one over all rows of
-            that level in the step, all micro-batches and ranks together: ``1 / num_rows`` for the mean of examples,
+        share_B: what each row counts in the mean over its level. They sum to one over all rows of a level in the step,
+            all micro-batches and ranks together: ``1 / num_rows`` for the mean of examples,
             ``num_tokens / total_tokens`` for the mean of tokens.
     """
-    return torch.cat([(1.0 - rho) * weights_L * lower_share_L, rho * upper_share_U])
+    num_training = len(weights_L)
+    return torch.cat([(1.0 - rho) * weights_L * share_B[:num_training], rho * share_B[num_training:]])
 
 
 def effective_sample_size(weights: Tensor) -> float:
-    """``(sum w)^2 / sum w^2``, from 1 (one row has all the say) to ``len(weights)`` (all are equal)."""
+    """``(sum w)^2 / sum w^2``, from 1 (one row has all of the weight) to ``len(weights)`` (all are equal)."""
     weights = weights.double()
     return (weights.sum() ** 2 / weights.square().sum().clamp(min=torch.finfo(torch.float64).tiny)).item()
 
@@ -66,20 +67,6 @@ def penalty_gap(weights_B: Tensor, excess_B: Tensor) -> Tensor:
     the weighted lower loss itself, with ``tracked`` the value-function gap of V-PBGD (arXiv 2302.05185, eq. 4).
     """
     return (weights_B * excess_B).mean()
-
-
-def bmo_weights(nll: Tensor, temperature: float, dim: int = -1) -> Tensor:
-    """Bilevel multi-objective weights ``softmax(-l / temperature)`` along ``dim``, under stop-gradient.
-
-    The gradient of the smoothed minimum ``-tau * log mean exp(-l / tau)`` is ``sum_j lambda_j grad l_j`` with exactly
-    these ``lambda`` (our derivation; the minimum is the penalty of weak Pareto optimality on separable data).
-
-    Raises:
-        ValueError: ``temperature`` is not positive.
-    """
-    if temperature <= 0:
-        raise ValueError(f"the BMO temperature must be positive, got {temperature}")
-    return torch.softmax(-nll.detach() / temperature, dim=dim)
 
 
 def importance_weights(
@@ -120,12 +107,6 @@ def importance_weights(
     clipped = log_ratio.clamp(-math.log(ratio_clip), math.log(ratio_clip))
     log_weights = (clipped + old_log_prob) / temperature - sampling_log_prob
     return torch.softmax(log_weights, dim=dim), clipped != log_ratio
-
-
-def smoothed_minimum(nll: Tensor, temperature: float, dim: int = -1) -> Tensor:
-    """``-tau * log mean exp(-l / tau)`` along ``dim``: between the minimum and the mean of the losses."""
-    count = torch.tensor(nll.shape[dim], dtype=nll.dtype, device=nll.device)
-    return -temperature * (torch.logsumexp(-nll / temperature, dim=dim) - count.log())
 
 
 def rho_at(progress: float, rho_start: float, rho_end: float, decay_until: float) -> float:

@@ -1,84 +1,137 @@
 """What a checkpoint of tamis holds besides that of `transformers`: one safetensors file with all state of our own.
 
-Parts (selector, reference, refiner) are saved by their `state_dict`, each under its name.
+Its header says which run it belongs to: the settings that give the state its meaning, the other settings that were
+given, and the fingerprints of the datasets. A run that goes on from it must mean the same.
 """
 
-from collections.abc import Mapping
+import json
+import logging
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from trl import SFTConfig
 
-from tamis.recorder import write_atomically
+from tamis.config import BilevelConfig, Resolved
+from tamis.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "tamis.safetensors"
+# Settings of ours that a resumed run may change: they do not enter what has been learned.
+_CHANGEABLE = (
+    "refine_on_error", "generation_batch_size", "generator", "vllm_mode", "vllm_server_base_url",
+    "vllm_gpu_memory_utilization",
+)  # fmt: skip
+# Settings of TRL that say which tokens a row has, or which rows a step has.
+_OF_ROWS = (
+    "seed", "data_seed", "dataloader_drop_last", "max_length", "truncation_mode", "completion_only_loss",
+    "assistant_only_loss", "chat_template_path", "eos_token", "dataset_text_field",
+)  # fmt: skip
+_RESOLVED = ("score_map", "selector_learning_rate", "scout_ratio", "rho_start")
 
 
-class Stateful(Protocol):
-    """Something whose state is a flat dictionary of tensors."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors from which `load_state_dict` continues bit for bit."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`."""
+class ResumableError(RuntimeError):
+    """A step could not be begun, and all state is as after the step before: worth a checkpoint before it is raised."""
 
 
-def save_state(checkpoint: str | Path, parts: Mapping[str, Stateful], num_tokens: int, fingerprint: str) -> None:
-    """Write the state of all parts.
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run must have in common with one that goes on from its checkpoint.
+
+    Attributes:
+        meaning: settings and fingerprints without which the state would mean something else.
+        given: the other settings that differ from their defaults, and the fingerprint of the held-out rows.
+    """
+
+    meaning: dict[str, Any]
+    given: dict[str, Any]
+
+
+def identify(
+    args: BilevelConfig, resolved: Resolved, fingerprints: dict[str, str], selector: str, num_ranks: int
+) -> RunIdentity:
+    """The identity of a run.
+
+    Args:
+        fingerprints: of the datasets, by role.
+        selector: its name, or that of its class.
+        num_ranks: so that the same rows a step may be spread over another number of ranks.
+    """
+    own = {f.name for f in fields(args)} - {f.name for f in fields(SFTConfig)} - set(_CHANGEABLE)
+    own.discard("per_device_validation_batch_size")
+    meaning = {name: getattr(args, name) for name in sorted(own | set(_OF_ROWS))}
+    meaning |= {name: getattr(resolved, name) for name in _RESOLVED}
+    num_micro_batches = num_ranks * args.gradient_accumulation_steps
+    meaning |= {
+        "selector": selector,
+        "training rows a step": args.per_device_train_batch_size * num_micro_batches,
+        "validation rows a step": resolved.per_device_validation_batch_size * num_micro_batches,
+    }
+    meaning |= {role: fingerprints.get(role) for role in ("train_dataset", "validation_dataset")}
+    batch = ("per_device_train_batch_size", "per_device_validation_batch_size", "gradient_accumulation_steps")
+    left = {n: v for n, v in args.given_settings.items() if n not in (*meaning, *batch, "output_dir")}
+    others = {role: value for role, value in fingerprints.items() if role not in meaning}
+    # As JSON gives it back, so that what was saved compares equal.
+    return RunIdentity(*json.loads(json.dumps([meaning, left | others])))
+
+
+def save_state(checkpoint: str | Path, state: dict[str, Tensor], num_tokens: int, identity: RunIdentity) -> None:
+    """Write the state of the weighting.
 
     Args:
         num_tokens: trained on so far.
-        fingerprint: of the training rows, so that the state is never applied to others.
     """
-    state = {
-        f"{part}.{name}": t.contiguous() for part, owner in parts.items() for name, t in owner.state_dict().items()
-    }
-    state["num_tokens"] = torch.tensor(num_tokens)
-    metadata = {"train_dataset": fingerprint}
-    write_atomically(Path(checkpoint) / STATE_FILE, lambda path: save_file(state, path, metadata))
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    tensors["num_tokens"] = torch.tensor(num_tokens)
+    metadata = {"meaning": json.dumps(identity.meaning), "given": json.dumps(identity.given)}
+    write_atomically(Path(checkpoint) / STATE_FILE, lambda path: save_file(tensors, path, metadata))
 
 
-def load_state(checkpoint: str | Path, parts: Mapping[str, Stateful]) -> int:
-    """Give all parts their state; returns the number of tokens trained on.
-
-    Raises:
-        ValueError: the checkpoint has other parts: its run had other settings.
-    """
+def load_state(checkpoint: str | Path) -> tuple[dict[str, Tensor], int]:
+    """The state of the weighting, and the number of tokens trained on."""
     state = load_file(Path(checkpoint) / STATE_FILE)
-    saved = {name.split(".")[0] for name in state if "." in name}
-    if mismatch := saved ^ {part for part, owner in parts.items() if owner.state_dict()}:
-        raise ValueError(
-            f"{checkpoint} was written with other settings ({', '.join(sorted(mismatch))} in one and not the other): "
-            "resume with the settings the run was started with"
-        )
-    for part, owner in parts.items():
-        own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
-        try:
-            owner.load_state_dict(own)
-        except KeyError as error:
-            raise ValueError(
-                f"{checkpoint} was written with other settings (no {error} of the {part}): resume with the settings "
-                "the run was started with"
-            ) from error
-    return int(state["num_tokens"])
+    num_tokens = int(state.pop("num_tokens"))
+    return state, num_tokens
 
 
-def refuse_foreign(checkpoint: str | Path, fingerprint: str) -> None:
-    """Check that a checkpoint was written by tamis on these training rows.
+def refuse_foreign(checkpoint: str | Path, identity: RunIdentity) -> None:
+    """Check that a checkpoint belongs to a run that means the same; announce what has changed otherwise.
 
     Raises:
-        ValueError: it was not.
+        ValueError: it was not written by tamis, or settings or rows that give its state a meaning have changed.
     """
     path = Path(checkpoint) / STATE_FILE
     if not path.is_file():
-        raise ValueError(f"{checkpoint} has no {STATE_FILE}: it was not written by tamis, start a new run from it")
-    with safe_open(path, "pt") as state:
-        if state.metadata()["train_dataset"] != fingerprint:
-            raise ValueError(
-                f"{checkpoint} was written while training on other rows, or on the same in another order: "
-                "resume with the train_dataset the run was started with"
-            )
+        raise ValueError(
+            f"{checkpoint} has no {STATE_FILE}: it was written with --save_only_model or not by tamis, and cannot be "
+            "resumed. Start a new run from its model"
+        )
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if "meaning" not in metadata:
+        raise ValueError(f"{checkpoint} was written by an older version of tamis: start a new run")
+    if changes := _changes(json.loads(metadata["meaning"]), identity.meaning):
+        raise ValueError(
+            f"{checkpoint} belongs to a run that means something else ({'; '.join(changes)}): resume with its settings "
+            "and rows, or start a new run in another --output_dir"
+        )
+    for change in _changes(json.loads(metadata["given"]), identity.given):
+        logger.info(f"changed since {Path(checkpoint).name}: {change}")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs, as ``name: before -> now``."""
+    changes = []
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) == now.get(name):
+            continue
+        if name.startswith(("train_dataset", "validation_dataset", "eval_dataset")):
+            changes.append(f"{name}: other rows, or the same in another order")
+        else:
+            changes.append(f"{name}: {before.get(name, 'default')} -> {now.get(name, 'default')}")
+    return changes

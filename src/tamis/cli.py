@@ -24,13 +24,11 @@ def make_train_parser() -> Any:
     from transformers import TrainingArguments
     from trl import ModelConfig, SFTConfig, TrlParser
 
-    from tamis.config import BilevelConfig
-    from tamis.refine_config import RefineConfig
+    from tamis.config import REFINING_FIELDS, BilevelConfig
     from tamis.run import DataArguments
 
     transformers_own = {f.name for f in fields(TrainingArguments)}
     trl_own = {f.name for f in fields(SFTConfig)} - transformers_own
-    refining = {f.name for f in fields(RefineConfig)} - trl_own - transformers_own
     titles = ("data", "selection and its two levels", "online refining", "model and LoRA", "rows to tokens", "training")
 
     def title_of(dtype: Any, name: str) -> str:
@@ -38,7 +36,7 @@ def make_train_parser() -> Any:
             return "data"
         if dtype is ModelConfig:
             return "model and LoRA"
-        if name in refining:
+        if name in REFINING_FIELDS:
             return "online refining"
         if name in transformers_own:
             return "training"
@@ -68,14 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     if command not in ("train", "demo"):
         print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
         return 2
-    from tamis.generation import GenerationError
-    from tamis.trainer import NonFiniteLossError
+    from tamis.checkpoint import ResumableError
+    from tamis.losses import NonFiniteLossError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tamis").setLevel(logging.INFO)
     try:
         return _run_train(options) if command == "train" else _run_demo(options)
-    except (NonFiniteLossError, GenerationError) as error:
+    except (NonFiniteLossError, ResumableError) as error:
         print(f"tamis {command}: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, YAMLError) as error:
@@ -90,7 +88,7 @@ def _run_train(options: list[str]) -> int:
 
     data, args, model_args = make_train_parser().parse_args_and_config(options)
     metrics = train(data, args, model_args)
-    for name in ("eval_loss", "eval_exact_match"):
+    for name in ("eval_loss", "eval_teacher_forced_match"):
         if name in metrics:
             print(f"{name} {metrics[name]:.4f}")
     print(f"weights {args.output_dir}/weights.parquet")
@@ -103,7 +101,7 @@ def _run_train(options: list[str]) -> int:
 def _run_demo(options: list[str]) -> int:
     from trl import TrlParser
 
-    from tamis.demo import DemoArguments, run_demo
+    from tamis.demo.run import DemoArguments, run_demo
 
     dataclass_types: Any = (DemoArguments,)
     (arguments,) = TrlParser(dataclass_types, prog="tamis demo").parse_args_and_config(options)

@@ -1,31 +1,44 @@
-"""Settings of a bilevel run: `BilevelConfig`, an `SFTConfig` with a few more fields."""
+"""Settings of a run: `BilevelConfig`, an `SFTConfig` with the fields of tamis.
+
+Each field's help text is its documentation, for `tamis train --help` and for `help(BilevelConfig)`. What is left open
+is filled in by `BilevelConfig.resolve`; what cannot work is refused by `BilevelConfig.check`, before a model is loaded.
+"""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin
 
 import torch
+from trl import SFTConfig
 
-from tamis.references import REFERENCE_NAMES
-from tamis.refine_config import REFINE_CHOICES, REFINE_POSITIVE, REFINE_SHARES, RefineConfig
-from tamis.scores import SCORE_MAPS
-from tamis.selectors import DEFAULT_LEARNING_RATE, SELECTOR_NAMES, STATIC_SELECTORS
+from tamis.trl_options import NO_EFFECT, given_loader_settings, is_sharded, refuse_options
 
 logger = logging.getLogger(__name__)
 
-# Gentle, so that the model learns what the validation rows want and keeps what it knew (LOG.md: on SIGMORPHON, trained
-# at 2e-3, a scout at 3e-4 ranked rows with AUROC 0.91, at 1e-3 with 0.84).
+# Scouts are gentle, so that the model learns what the validation rows want and keeps what it knew (LOG.md: on
+# SIGMORPHON, trained at 2e-3, a scout at 3e-4 ranked rows with AUROC 0.91, at 1e-3 with 0.84).
 _SCOUT_LEARNING_RATE_RATIO = 0.15
+# Step size of the scores: logits per standard deviation of the excess loss for `mirror`, logits for the Adam rules.
+DEFAULT_SELECTOR_LEARNING_RATE = {"mirror": 1.75, "softmax": 0.1, "sigmoid": 0.1}
 # Not for a replay: a secret, where an earlier run was taken up, and what `config.yaml` tells of the run it came from.
 _NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "run_info")
-_CHOICES = {
-    "selector": SELECTOR_NAMES,
-    "score_map": (None, *SCORE_MAPS),
-    "reference": REFERENCE_NAMES,
-    "loss_reduction": ("example", "token"),
-    **REFINE_CHOICES,
-}
+
+
+ScoreMap = Literal["bounded", "softmax"]
+
+
+class SelectorTraits(Protocol):
+    """What the settings must know of a selector: `tamis.Selector` documents the attributes."""
+
+    uses_excess: ClassVar[bool]
+    can_scout: ClassVar[bool]
+
+
+def setting(default: Any, help: str, **options: Any) -> Any:
+    """A field of a settings dataclass; ``options`` are those of its command line argument."""
+    return field(default=default, metadata={"help": help, **options})
 
 
 def given_fields(arguments: Any) -> dict[str, Any]:
@@ -39,11 +52,24 @@ def given_fields(arguments: Any) -> dict[str, Any]:
     return {n: v for n, v in given.items() if isinstance(v, bool | int | float | str | list | dict | None)}
 
 
+def warn_without_effect(given: Iterable[str], inactive: dict[str, list[str]]) -> None:
+    """The one way in which a setting without effect is said.
+
+    Args:
+        given: names of the settings that the user has set.
+        inactive: names of settings that change nothing, under the reason why they do not.
+    """
+    reasons = {name: reason for reason, names in reversed(inactive.items()) for name in names}
+    for name in given:
+        if name in reasons:
+            logger.warning(f"{name} is set but has no effect: {reasons[name]}")
+
+
 class Resolved:
     """Settings after what was left open has been filled in: attributes, and `announcements`, one line each."""
 
-    score_map: str | None
-    selector_learning_rate: float | None
+    score_map: ScoreMap | None = None
+    selector_learning_rate: float | None = None
     scout_ratio: float
     scout_learning_rate: float = 0.0
     rho_start: float
@@ -62,154 +88,153 @@ class Resolved:
 
 
 @dataclass
-class BilevelConfig(RefineConfig):
-    r"""
-    Configuration of [`BilevelTrainer`]: everything of [`~trl.SFTConfig`], and the fields below.
+class BilevelConfig(SFTConfig):
+    """Configuration of [`BilevelTrainer`]: everything of [`~trl.SFTConfig`], and the fields below."""
 
-    Parameters:
-        > Parameters that control the selection
-
-        selector (`str`, *optional*, defaults to `"mirror"`):
-            How losses become row weights: `"mirror"`, `"softmax"` and `"sigmoid"` (the published Adam-on-logits rules),
-            `"bmo"` (closed form), `"column"` (a static `weight` column, no validation dataset needed) or `"none"`
-            (direct mixing).
-        score_map (`str`, *optional*):
-            How scores become weights: `"bounded"` (sigmoid: a row can lose its say but not take everyone's; default of
-            `"mirror"`) or `"softmax"` (default of `"bmo"`). Only these two selectors have the choice.
-        selector_learning_rate (`float`, *optional*):
-            Step size of the scores: logits per standard deviation of the excess loss for `"mirror"` (default 1.75),
-            logits for `"softmax"` and `"sigmoid"` (default 0.1).
-        bmo_temperature (`float`, *optional*, defaults to `0.5`):
-            Temperature of `"bmo"` in nats per token; smaller is sharper.
-        reference (`str`, *optional*, defaults to `"base"`):
-            What the loss of a row is compared with: `"zero"`, `"base"` (the model before training) or `"tracked"` (a
-            model that follows the training rows alone).
-        scout_ratio (`float`, *optional*):
-            Steps of scouting before training, as a part of the training steps: the model descends the validation loss
-            alone, judges every training row before it was trained on any, and is put back. The scores are settled by
-            it. 0: the scores follow the training steps instead. Defaults to 0.25 for `"mirror"` with references
-            `"zero"` and `"base"`, else 0.
-        scout_learning_rate (`float`, *optional*):
-            Learning rate of those steps. Defaults to 0.15 times `learning_rate`.
-        reference_learning_rate (`float`, *optional*):
-            Constant learning rate of the reference `"tracked"`. When not set it follows the schedule of the model.
-
-        > Parameters that control the two levels
-
-        rho (`float`, *optional*, defaults to `0.5`):
-            Share of the validation loss in the objective, in [0, 1].
-        rho_start (`float`, *optional*):
-            Share at the first step, from where it goes linearly to `rho`. Constant when not set.
-        rho_decay_ratio (`float`, *optional*, defaults to `1.0`):
-            Part of the training steps over which `rho_start` decays to `rho`.
-        per_device_validation_batch_size (`int`, *optional*):
-            Validation rows per device and micro-batch, beside `per_device_train_batch_size` training rows. The same
-            number when not set.
-        loss_reduction (`str`, *optional*, defaults to `"example"`):
-            `"example"`: every row counts the same. `"token"`: every token does, as in `SFTTrainer`.
-
-        and those of [`RefineConfig`], which control the refining.
-    """
-
-    # TRL turns checkpointing on by a name that transformers has deprecated: the same default by the new name.
-    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Deprecated: use --activation_checkpointing."}
+    # None tells a name that is set from one that is not: see `__post_init__`. A bare flag means True.
+    gradient_checkpointing: bool | None = setting(  # type: ignore[assignment]
+        None, "Deprecated: use --activation_checkpointing.", nargs="?", const=True
     )
-    activation_checkpointing: bool | None = field(
-        default=True,
-        metadata={"help": "Compute activations again in the backward pass: less memory, about 20%% slower."},
+    activation_checkpointing: bool | None = setting(
+        None,
+        "Compute activations again in the backward pass: less memory, about 20%% slower. Default: on.",
+        nargs="?",
+        const=True,
     )
 
-    selector: Literal["mirror", "softmax", "sigmoid", "bmo", "column", "none"] = field(
-        default="mirror",
-        metadata={
-            "help": "How losses become row weights: 'mirror', 'softmax' and 'sigmoid' (the published Adam-on-logits "
-            "rules), 'bmo' (closed form), 'column' (a static weight column, no validation dataset needed) or 'none' "
-            "(direct mixing)."
-        },
+    # > Parameters that control the selection
+    selector: Literal["mirror", "softmax", "sigmoid", "bmo", "column", "none"] = setting(
+        "mirror",
+        "How losses become row weights: 'mirror', 'softmax' and 'sigmoid' (Adam on logits, lazy variant of the "
+        "published rules), 'bmo' (closed form), 'column' (a static weight column, no validation dataset needed) or "
+        "'none' (direct mixing).",
     )
-    score_map: Literal["bounded", "softmax"] | None = field(
-        default=None,
-        metadata={
-            "help": "How scores become weights: 'bounded' (default of selector 'mirror': a row can lose its say but "
-            "not take everyone's) or 'softmax' (default of 'bmo')."
-        },
+    score_map: ScoreMap | None = setting(
+        None,
+        "How scores become weights: 'bounded' (default of 'mirror': a row can lose its weight but not take all of it) "
+        "or 'softmax' (default of 'bmo'). Only these two selectors have the choice.",
     )
-    selector_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Step size of the scores: logits per standard deviation of the excess loss for 'mirror' (default "
-            "1.75), logits for 'softmax' and 'sigmoid' (default 0.1)."
-        },
+    selector_learning_rate: float | None = setting(
+        None,
+        "Step size of the scores: logits per standard deviation of the excess loss for 'mirror' (default 1.75), "
+        "logits for 'softmax' and 'sigmoid' (default 0.1).",
     )
-    bmo_temperature: float = field(
-        default=0.5, metadata={"help": "Temperature of the selector 'bmo', in nats per token; smaller is sharper."}
+    bmo_temperature: float = setting(0.5, "Temperature of the selector 'bmo', in nats per token; smaller is sharper.")
+    reference: Literal["zero", "base", "tracked"] = setting(
+        "base",
+        "What the loss of a row is compared with: 'zero', 'base' (the model before training) or 'tracked' (a model "
+        "that follows the training rows alone).",
     )
-    reference: Literal["zero", "base", "tracked"] = field(
-        default="base",
-        metadata={
-            "help": "What the loss of a row is compared with: 'zero', 'base' (the model before training) or 'tracked' "
-            "(a model that follows the training rows alone)."
-        },
+    scout_ratio: float | None = setting(
+        None,
+        "Steps of scouting before training, as a part of the training steps: the model descends the validation loss "
+        "alone, every training row is scored, and the model is put back. 0: scores follow the training steps instead. "
+        "Default: 0.25 for 'mirror' with references 'zero' and 'base', else 0.",
     )
-    scout_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Steps of scouting before training, as a part of the training steps: the model descends the "
-            "validation loss alone, judges every training row, and is put back. 0: scores follow the training steps "
-            "instead. Default: 0.25 for 'mirror' with references 'zero' and 'base', else 0."
-        },
+    scout_learning_rate: float | None = setting(
+        None, "Learning rate of the scouting steps. Default: 0.15 times --learning_rate."
     )
-    scout_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the scouting steps. Default: 0.15 times --learning_rate."}
-    )
-    rho: float = field(default=0.5, metadata={"help": "Share of the validation loss in the objective, in [0, 1]."})
-    rho_start: float | None = field(
-        default=None,
-        metadata={"help": "Share at the first step, from where it goes linearly to --rho. Constant when not set."},
-    )
-    rho_decay_ratio: float = field(
-        default=1.0, metadata={"help": "Part of the training steps over which --rho_start decays to --rho."}
-    )
-    per_device_validation_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Validation rows per device and micro-batch, beside --per_device_train_batch_size training rows. "
-            "The same number when not set."
-        },
-    )
-    loss_reduction: Literal["example", "token"] = field(
-        default="example",
-        metadata={"help": "'example': every row counts the same. 'token': every token does, as in SFTTrainer."},
-    )
-    reference_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Constant learning rate of the reference 'tracked'. When not set it follows the model's schedule."
-        },
+    reference_learning_rate: float | None = setting(
+        None, "Constant learning rate of the reference 'tracked'. When not set it follows the model's schedule."
     )
 
-    def resolve(self) -> "Resolved":
-        """Fill in what was left open, each with the reason."""
+    # > Parameters that control the two levels
+    rho: float = setting(0.5, "Share of the validation loss in the objective, in [0, 1].")
+    rho_start: float | None = setting(
+        None, "Share at the first step, from where it goes linearly to --rho. Constant when not set."
+    )
+    rho_decay_ratio: float = setting(1.0, "Part of the training steps over which --rho_start decays to --rho.")
+    per_device_validation_batch_size: int | None = setting(
+        None,
+        "Validation rows per device and micro-batch, beside --per_device_train_batch_size training rows. The same "
+        "number when not set.",
+    )
+    loss_reduction: Literal["example", "token"] = setting(
+        "example", "'example': every row counts the same. 'token': every token does, as in SFTTrainer."
+    )
+
+    # > Parameters that control the refining
+    refine_fraction: float = setting(0.0, "Part of the rows that get new responses from the model. 0: no refining.")
+    refine_start: float | None = setting(
+        None,
+        "First refresh: an optimizer step, or below 1 a part of all steps. Default: 0 where the weights are settled "
+        "before training (scouting, 'column') or do not matter ('random'), so that bad responses are never trained "
+        "on; else 0.25.",
+    )
+    refine_every: float = setting(
+        0.25, "From one refresh to the next: optimizer steps (1: every step), or below 1 a part of all steps."
+    )
+    num_generations: int = setting(4, "New responses to each refined row's prompt (G).")
+    refine_policy: Literal["lowest", "random"] = setting(
+        "lowest",
+        "'lowest': the rows whose original responses have the lowest weights, picked anew at every refresh; 'random': "
+        "the same random rows at every refresh.",
+    )
+    refine_on_error: Literal["stop", "continue"] = setting(
+        "stop", "When the generator fails: save and 'stop', or 'continue' with the responses there are."
+    )
+    response_weighting: Literal["bmo", "uniform"] = setting(
+        "bmo", "How the responses to a prompt share its weight: 'bmo' (importance ratios) or 'uniform'."
+    )
+    response_temperature: float = setting(
+        0.15, "Temperature tau of 'bmo': responses count p^(1/tau)/q. Smaller is sharper."
+    )
+    ratio_level: Literal["token", "sequence"] = setting(
+        "token", "Importance ratios of a token on average (geometric mean), or of the whole response."
+    )
+    ratio_clip: float = setting(5.0, "Importance ratios are kept between 1/ratio_clip and ratio_clip.")
+
+    # > Parameters that control the generation
+    generator: Literal["transformers", "vllm"] = setting(
+        "transformers", "What writes the responses: the training model itself ('transformers') or 'vllm'."
+    )
+    generation_temperature: float = setting(1.0, "Sampling temperature of new responses.")
+    generation_top_p: float = setting(1.0, "Nucleus of the sampling; 1 is all tokens.")
+    max_new_tokens: int = setting(256, "A response not ended by then is not trained on.")
+    generation_batch_size: int | None = setting(
+        None,
+        "Responses drawn at a time and device by 'transformers'. The rows of a training micro-batch when not set: "
+        "more is faster and takes more memory.",
+    )
+    vllm_mode: Literal["colocate", "server"] = setting(
+        "colocate", "vLLM in this process, or the server of `trl vllm-serve`."
+    )
+    vllm_server_base_url: str = setting("http://127.0.0.1:8000", "Address of the server, for --vllm_mode server.")
+    vllm_gpu_memory_utilization: float = setting(0.3, "Part of the GPU memory that vLLM takes in this process.")
+
+    def __post_init__(self) -> None:
+        # Before the parent classes resolve fields of their own: this is what a replay needs.
+        self.given_settings = given_fields(self)
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL's default is bf16, which transformers refuses on a machine with a CPU only
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True  # TRL's default, by the name that transformers has not deprecated
+        super().__post_init__()
+
+    # --- what was left open -----------------------------------------------------------------------------------------
+
+    def resolve(self, selector: SelectorTraits | None = None) -> Resolved:
+        """Fill in what was left open, each with the reason.
+
+        Args:
+            selector: an instance that takes the place of the name in the field `selector`.
+        """
         resolved = Resolved()
-        scouts = self.selector == "mirror" and self.reference != "tracked"
-        default_map, reason = {
-            "mirror": ("bounded", "a row can lose its say but not take everyone's"),
-            "bmo": ("softmax", "the closed form"),
-        }.get(self.selector, (None, ""))
-        resolved.set("score_map", self.score_map if default_map else None, default_map, reason)
-        resolved.set(
-            "selector_learning_rate",
-            self.selector_learning_rate,
-            DEFAULT_LEARNING_RATE.get(self.selector),
-            f"default of selector '{self.selector}'",
-        )
-        resolved.set(
-            "scout_ratio",
-            self.scout_ratio,
-            0.25 if scouts else 0.0,
-            "rows are judged before they are trained on" if scouts else "scores follow the training steps",
-        )
+        scouts = selector is None and self.selector == "mirror" and self.reference != "tracked"
+        if selector is None:
+            default_map, reason = {
+                "mirror": ("bounded", "a row can lose its weight but not take all of it"),
+                "bmo": ("softmax", "the closed form"),
+            }.get(self.selector, (None, ""))
+            resolved.set("score_map", self.score_map if default_map else None, default_map, reason)
+            resolved.set(
+                "selector_learning_rate",
+                self.selector_learning_rate,
+                DEFAULT_SELECTOR_LEARNING_RATE.get(self.selector),
+                f"default of selector '{self.selector}'",
+            )
+        reason = "rows are scored before they are trained on" if scouts else "scores follow the training steps"
+        resolved.set("scout_ratio", self.scout_ratio, 0.25 if scouts else 0.0, reason)
         if resolved.scout_ratio:
             resolved.set(
                 "scout_learning_rate",
@@ -228,76 +253,83 @@ class BilevelConfig(RefineConfig):
             num_rows = self.per_device_train_batch_size + resolved.per_device_validation_batch_size
             reason = "the rows of a training micro-batch, so that it fits where training fits"
             resolved.set("generation_batch_size", self.generation_batch_size, num_rows, reason)
-            if resolved.scout_ratio or self.selector == "column" or self.refine_policy == "random":
-                start, reason = 0.0, "the questions to rewrite are known before the first step"
+            is_column = selector is None and self.selector == "column"
+            if resolved.scout_ratio or is_column or self.refine_policy == "random":
+                start, reason = 0.0, "the rows to refine are known before the first step"
             else:
                 start, reason = 0.25, "the scores need steps to tell rows apart"
             resolved.set("refine_start", self.refine_start, start, reason)
         return resolved
-
-    def __post_init__(self) -> None:
-        # Before the parent classes resolve fields of their own: this is what a replay needs.
-        self.given_settings = given_fields(self)
-        if self.bf16 is None and not torch.accelerator.is_available():
-            self.bf16 = False  # TRL's default is bf16, which transformers refuses on a machine with a CPU only
-        super().__post_init__()
 
     @property
     def trains_on_validation(self) -> bool:
         """Whether any step descends the validation loss."""
         return max(self.rho, self.rho_start or 0.0) > 0
 
-    @property
-    def uses_validation(self) -> bool:
+    def uses_validation(self, selector: SelectorTraits | None = None) -> bool:
         """Whether validation rows take any part in the run: in its steps or in scouting."""
-        return self.trains_on_validation or self.resolve().scout_ratio > 0
+        return self.trains_on_validation or self.resolve(selector).scout_ratio > 0
 
-    def check(self, *, has_validation: bool, has_weight: bool) -> None:
+    # --- what cannot work -------------------------------------------------------------------------------------------
+
+    def check(self, *, has_validation: bool, has_weight: bool, selector: SelectorTraits | None = None) -> None:
         """Refuse what cannot work and warn of what has no effect, before any model is loaded.
+
+        Args:
+            has_validation: whether there are validation rows.
+            has_weight: whether the training rows have a column ``weight``.
+            selector: an instance that takes the place of the name in the field `selector`.
 
         Raises:
             ValueError: with the field and the remedy.
         """
         self._refuse_bad_values()
-        self._refuse_what_sft_offers()
-        if self.selector not in STATIC_SELECTORS and not has_validation:
+        refuse_options(self)
+        name = f"'{self.selector}'" if selector is None else type(selector).__name__
+        is_static = self.selector in ("column", "none") if selector is None else not selector.uses_excess
+        if not is_static and not has_validation:
             raise ValueError(
-                f"selector '{self.selector}' needs trusted rows: give --validation_dataset, or choose --selector "
+                f"selector {name} needs validation rows: give --validation_dataset, or choose --selector "
                 "column (weights from a column) or --selector none (every row counts the same)"
             )
-        if self.uses_validation and not has_validation:
+        if self.uses_validation(selector) and not has_validation:
             raise ValueError(
                 f"rho={self.rho}, rho_start={self.rho_start} weigh the validation rows, but --validation_dataset is "
                 "missing; or set --rho 0 and leave --rho_start out"
             )
-        if self.scout_ratio and (self.selector not in ("mirror", "bmo") or self.reference == "tracked"):
+        can_scout = self.selector in ("mirror", "bmo") if selector is None else selector.can_scout
+        if self.scout_ratio and (not can_scout or self.reference == "tracked"):
             raise ValueError(
-                "scouting settles the scores before training, so it needs selector 'mirror' or 'bmo' and reference "
-                "'zero' or 'base': leave --scout_ratio out"
+                "scouting settles the scores before training, so it needs a selector that can scout ('mirror', 'bmo') "
+                f"and reference 'zero' or 'base', got selector {name} and reference '{self.reference}': leave "
+                "--scout_ratio out"
             )
-        if self.selector == "column" and not has_weight:
+        if selector is None and self.selector == "column" and not has_weight:
             raise ValueError(
                 "selector 'column' reads a column 'weight' of the training rows: name it by --weight_column"
             )
-        if self.refine_fraction and self.refine_policy == "lowest" and self.selector == "none":
+        if self.refine_fraction and self.refine_policy == "lowest" and selector is None and self.selector == "none":
             raise ValueError(
-                "selector 'none' gives all questions one weight: there is no lowest. Set --refine_policy random"
+                "selector 'none' gives all rows one weight: there is no lowest. Set --refine_policy random"
             )
-        self._warn_of_settings_without_effect(has_validation)
+        self._refuse_pairs(is_static, selector)
+        given = [*self.given_settings, *given_loader_settings(self)]
+        given += ["validation_dataset"] if has_validation else []
+        warn_without_effect(given, self._inactive(name, is_static, selector) | NO_EFFECT)
+        if self.push_to_hub:
+            rows = ", and refinements.parquet with prompts and responses of rows" if self.refine_fraction else ""
+            logger.warning(f"push_to_hub uploads the whole of output_dir: also config.yaml and weights.parquet{rows}")
 
     def _refuse_bad_values(self) -> None:
-        for name in ("rho", "rho_start", "rho_decay_ratio", "scout_ratio", *REFINE_SHARES):
+        for name in ("rho", "rho_start", "rho_decay_ratio", "scout_ratio", "refine_fraction", "generation_top_p"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
         for name in (
-            "selector_learning_rate",
-            "scout_learning_rate",
-            "reference_learning_rate",
-            "bmo_temperature",
-            "per_device_validation_batch_size",
-            *REFINE_POSITIVE,
-        ):
+            "selector_learning_rate", "scout_learning_rate", "reference_learning_rate", "bmo_temperature",
+            "per_device_validation_batch_size", "num_generations", "refine_every", "response_temperature",
+            "generation_temperature", "generation_top_p", "generation_batch_size", "max_new_tokens",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -310,31 +342,70 @@ class BilevelConfig(RefineConfig):
                 known = ", ".join(str(choice) for choice in choices if choice)
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {known}")
 
-    def _refuse_what_sft_offers(self) -> None:
-        if self.packing or self.eval_packing:
-            raise ValueError("packing joins rows, and a joined row has no weight of its own: set --packing false")
-        if self.padding_free:
-            raise ValueError("padding_free joins the rows of a batch, and the losses of rows are needed: leave it off")
-        if self.loss_type not in ("nll", "chunked_nll"):
-            raise ValueError(f"loss_type '{self.loss_type}' has no per-row log-likelihood: use --loss_type nll")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor changes what a row's loss means: set it to 0")
-        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
-            raise ValueError("skip_prepare_dataset is not supported: rows are numbered while they are prepared")
+    def _refuse_pairs(self, is_static: bool, selector: SelectorTraits | None) -> None:
+        """Settings of TRL that work on their own, but not beside what else is set."""
+        has_reference = not is_static and self.reference != "zero"
+        needs_plain_model = bool(self.resolve(selector).scout_ratio or self.refine_fraction or has_reference)
+        if needs_plain_model and is_sharded(self):
+            raise ValueError(
+                "a model sharded by FSDP or DeepSpeed runs as one wrapped module, and scouting, refining and the "
+                "references 'base' and 'tracked' need a forward of their own: set --scout_ratio 0, --refine_fraction "
+                "0 and --reference zero"
+            )
+        if self.fp16 and self.reference == "tracked" and not is_static:
+            raise ValueError("fp16 scales the loss, and the reference 'tracked' has no scaler: set --bf16 instead")
+        if self.refine_fraction and self.save_only_model and self.refine_on_error == "stop":
+            raise ValueError(
+                "save_only_model leaves nothing to resume from where a generator fails: set --refine_on_error "
+                "continue, or leave it out"
+            )
+        if self.refine_fraction and self.completion_only_loss is False:
+            raise ValueError("completion_only_loss false trains on prompts, which have no new responses: leave it out")
 
-    def _warn_of_settings_without_effect(self, has_validation: bool) -> None:
-        without_effect = {
-            "score_map": self.score_map is not None and self.selector not in ("mirror", "bmo"),
-            "selector_learning_rate": self.selector_learning_rate is not None
-            and self.selector not in DEFAULT_LEARNING_RATE,
-            "bmo_temperature": self.bmo_temperature != 0.5 and self.selector != "bmo",
-            "reference": self.reference != "base" and self.selector in STATIC_SELECTORS,
-            "scout_learning_rate": self.scout_learning_rate is not None and not self.resolve().scout_ratio,
-            "reference_learning_rate": self.reference_learning_rate is not None and self.reference != "tracked",
-            "rho_decay_ratio": self.rho_decay_ratio != 1.0 and self.rho_start is None,
-            "validation_dataset": has_validation and not self.uses_validation,
-        }
-        for name, unused in without_effect.items():
-            if unused:
-                logger.warning(f"{name} is set but has no effect with selector '{self.selector}', rho {self.rho}")
-        self.warn_of_refining_without_effect(given_fields(self))
+    def _inactive(self, selector_name: str, is_static: bool, selector: SelectorTraits | None) -> dict[str, list[str]]:
+        """Names of settings that change nothing in this run, under the reason why; the first reason is the one said."""
+        name = self.selector if selector is None else "instance"
+        inactive: dict[str, list[str]] = {}
+
+        def add(is_inactive: bool, reason: str, *names: str) -> None:
+            if is_inactive:
+                inactive.setdefault(reason, []).extend(names)
+
+        not_read = f"selector {selector_name} does not read it"
+        add(name not in ("mirror", "bmo"), not_read, "score_map")
+        add(name not in DEFAULT_SELECTOR_LEARNING_RATE, not_read, "selector_learning_rate")
+        add(name != "bmo", not_read, "bmo_temperature")
+        add(name == "instance", f"the trainer was given a selector, {selector_name}", "selector")
+        add(is_static, not_read, "reference")
+        add(self.reference != "tracked", f"reference '{self.reference}' is not trained", "reference_learning_rate")
+        add(not self.resolve(selector).scout_ratio, "there is no scouting", "scout_learning_rate")
+        add(self.rho_start is None, "rho_start is not set", "rho_decay_ratio")
+        unused = f"selector {selector_name} with rho {self.rho} uses no validation rows"
+        add(not self.uses_validation(selector), unused, "validation_dataset")
+        add(not self.refine_fraction, "refine_fraction is 0", *_REFINING)
+        uniform = self.response_weighting == "uniform"
+        add(uniform, "response_weighting is 'uniform'", "response_temperature", "ratio_level", "ratio_clip")
+        add(self.generator == "vllm", "generator is 'vllm'", "generation_batch_size")
+        vllm = ("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization")
+        add(self.generator != "vllm", f"generator is '{self.generator}'", *vllm)
+        add(self.vllm_mode == "colocate", "vllm_mode is 'colocate'", "vllm_server_base_url")
+        add(self.vllm_mode == "server", "vllm_mode is 'server'", "vllm_gpu_memory_utilization")
+        return inactive
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """What a Literal allows, or a Literal or None; () for any other annotation."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    parts = [part for part in get_args(annotation) if get_origin(part) is Literal]
+    return (None, *get_args(parts[0])) if parts else ()
+
+
+_OWN = [f for f in fields(BilevelConfig) if f.name in BilevelConfig.__annotations__]
+_CHOICES = {f.name: choices for f in _OWN if (choices := _choices(f.type))}
+_NAMES = [f.name for f in _OWN]
+_REFINING = _NAMES[_NAMES.index("refine_start") :]
+REFINING_FIELDS = ["refine_fraction", *_REFINING]
+BilevelConfig.__doc__ = f"{BilevelConfig.__doc__}\n    Parameters:\n" + "".join(
+    f"        {f.name} (`{f.type}`, defaults to `{f.default!r}`): {f.metadata['help']}\n" for f in _OWN
+)

@@ -4,12 +4,12 @@ from transformers import PrinterCallback, Trainer
 from transformers import ProgressCallback as _ProgressCallback
 
 _SHOWN = {
-    "upper_loss": "upper",
-    "lower_loss": "lower",
+    "training_loss": "training",
+    "validation_loss": "validation",
     "penalty_gap": "gap",
     "ess_ratio": "ESS/N",
     "eval_loss": "eval",
-    "eval_exact_match": "exact",
+    "eval_teacher_forced_match": "match",
 }
 
 

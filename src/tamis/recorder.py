@@ -5,8 +5,8 @@
 | `config.yaml`         | settings that differ from the defaults; `tamis train --config config.yaml` replays the run   |
 | `metrics.jsonl`       | one JSON object per log step, appended as training goes                                      |
 | `weights.parquet`     | one row per training row: example_id, source, row, content_hash, weight, score, ...          |
-| `refinements.parquet` | one row per refresh and rewritten question: its new answers and their weights at that step   |
-| `scout.safetensors`   | what judges new answers (`tamis.scout`); runs with refining only                             |
+| `refinements.parquet` | one row per refresh and refined row: its new responses and their weights at that step        |
+| `scout.safetensors`   | what scores new responses (`tamis.selection.scout`); runs with refining only                 |
 
 Files are written under a temporary name and renamed, so that a reader never meets half of one. `metrics.jsonl` is the
 exception: it grows by whole lines and is cut back to the step of the checkpoint on resume.
@@ -14,10 +14,8 @@ exception: it grows by whole lines and is cut back to the step of the checkpoint
 
 import json
 import math
-import os
 import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,15 +25,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 import yaml
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tamis.selectors import Selector
+from tamis.files import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _REFINEMENTS = pa.schema(
     {
         "example_id": pa.int64(),
@@ -49,28 +45,12 @@ _REFINEMENTS = pa.schema(
         "statuses": pa.list_(pa.string()),
         "log_probs": pa.list_(pa.float64()),
         "response_weights": pa.list_(pa.float64()),
-        "question_weight": pa.float64(),
-        "own_weight": pa.float64(),
+        "weight": pa.float64(),
+        "original_weight": pa.float64(),
         "is_refined": pa.bool_(),
     }
 )
 _RECORDED_PACKAGES = ("tamis", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: ``path`` is old or new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        # mkstemp makes private files; artefacts are as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def run_info(fingerprints: dict[str, str], resolved: Sequence[str]) -> dict[str, Any]:
@@ -113,7 +93,7 @@ class Recorder:
             file.write(json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after ``step`` (0: all of it) and answers written from it on: those steps run again."""
+        """Drop what was logged after ``step`` (0: all of it) and responses from it on: those steps run again."""
         refinements = self.output_dir / "refinements.parquet"
         if refinements.exists():
             table = pq.read_table(refinements)
@@ -135,39 +115,13 @@ class Recorder:
             kept = []
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
-    def write_weights(
-        self,
-        row_table: pa.Table,
-        selector: Selector,
-        kept_ids: Sequence[int],
-        own_score_N: Tensor | None = None,
-        refined_ids: Sequence[int] = (),
-    ) -> None:
-        """Write ``weights.parquet``: ``row_table`` (see `tamis.rows`) and what training has made of its rows.
+    def write_weights(self, row_table: pa.Table, columns: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Write ``weights.parquet``: one row per training row, in order.
 
-        ``weight`` (mean one over the rows that are kept) and ``score`` are those after the last committed step, of the
-        row's own answer: where some rows train on generated ones (``refined``), they come from ``own_score_N``; what a
-        refined row counts now is in `refinements.parquet`. ``last_loss`` (nats per token) and ``num_updates`` of a
-        refined row are those of its generated answers. Rows that never entered training (``kept`` False: prompt too
-        long) have weight 0.
+        Args:
+            row_table: how each row is named, see `tamis.rows.row_table`; the same at every checkpoint.
+            columns: see `tamis.weighting.RowWeighting.columns`.
         """
-        num_rows = len(row_table)
-        kept_N = np.zeros(num_rows, dtype=bool)
-        kept_N[np.asarray(kept_ids, dtype=np.int64)] = True
-        score_N, refined_N = selector.scores(torch.arange(num_rows)), np.zeros(num_rows, dtype=bool)
-        weight_N = selector.all_weights()
-        if own_score_N is not None:  # the selector's mean of one is over the scores of generated answers
-            score_N, weight_N = own_score_N, selector.weights_of(own_score_N)
-            weight_N = weight_N * (kept_N.sum() / weight_N.sum())
-            refined_N[np.asarray(refined_ids, dtype=np.int64)] = True
-        columns = {
-            "weight": weight_N.numpy(),
-            "score": np.where(kept_N, score_N.numpy(), np.float32(np.nan)),
-            "num_updates": selector.num_updates_N.numpy(),
-            "last_loss": selector.last_loss_N.numpy(),
-            "kept": kept_N,
-            "refined": refined_N,
-        }
         table = row_table
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values, from_pandas=True))
@@ -177,26 +131,26 @@ class Recorder:
     def add_refinements(
         self, records: list[dict[str, Any]], train_rows: Dataset, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Add a refresh to ``refinements.parquet``: one row per question that was answered anew.
+        """Add a refresh to ``refinements.parquet``: one row per row that got new responses.
 
         Args:
-            records: see `tamis.refine.Refiner.refresh`.
+            records: see `tamis.refining.refiner.Refiner.refresh`.
         """
         rows = []
         for record in records:
             row = train_rows[record["example_id"]]
-            own: dict[str, str | None] = {"prompt": None, "original": None}
+            original: dict[str, str | None] = {"prompt": None, "original": None}
             if "prompt" in row:
-                own = {"prompt": as_text(row["prompt"]), "original": as_text(row["completion"])}
+                original = {"prompt": as_text(row["prompt"]), "original": as_text(row["completion"])}
             elif "messages" in row:
-                own = {"prompt": as_text(row["messages"][:-1]), "original": as_text(row["messages"][-1:])}
+                original = {"prompt": as_text(row["messages"][:-1]), "original": as_text(row["messages"][-1:])}
             texts = tokenizer.batch_decode(record["token_ids"], skip_special_tokens=True)
             rows.append(
                 {
                     **record,
                     "source": row.get("source"),
                     "row": row.get("row", record["example_id"]),
-                    **own,
+                    **original,
                     "responses": texts,
                 }
             )

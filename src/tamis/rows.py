@@ -47,7 +47,7 @@ def check_rows(dataset: Dataset, role: str) -> list[str]:
     if len(dataset) == 0:
         raise ValueError(f"{role}: there are no rows. Give a data set with at least one row.")
     place = partial(row_name, dataset, role)
-    names = {name: name for name in _content_columns(dataset, role)}
+    names = {name: name for name in content_columns(dataset, role)}
     check, hashes = ContentCheck(place), list[str]()
     for batch in batches(dataset):
         columns = {name: column_values(batch, name) for name in names}
@@ -185,7 +185,7 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence
     """Look for the same row (prompt and response) in two of the data sets.
 
     Args:
-        datasets: by role: `train_dataset`, `validation_dataset` and, if there is one, `eval_dataset`.
+        datasets: by role: `train_dataset`, `validation_dataset`, and all that are held out.
         hashes: by role, of every row, from `check_rows`.
 
     Returns:
@@ -209,10 +209,13 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence
             : len(found)
         ]
 
-    for message in shared("validation_dataset", "eval_dataset", "Remove them from one of the two."):
-        raise ValueError(message)
+    held_out = [role for role in datasets if role not in ("train_dataset", "validation_dataset")]
+    for role in held_out:
+        for message in shared("validation_dataset", role, "Remove them from one of the two."):
+            raise ValueError(message)
     messages = shared("validation_dataset", "train_dataset", "The choice of rows will favour them.")
-    messages += shared("eval_dataset", "train_dataset", "The result on them says nothing about new rows.")
+    for role in held_out:
+        messages += shared(role, "train_dataset", "The result on them says nothing about new rows.")
     for message in messages:
         logger.warning(message)
     return messages
@@ -279,7 +282,8 @@ def _arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
     return dataset.select_columns([column]).with_format("arrow")[:][column]
 
 
-def _content_columns(dataset: Dataset, role: str) -> list[str]:
+def content_columns(dataset: Dataset, role: str) -> list[str]:
+    """The columns that TRL reads of the rows; raises ValueError where none of its text formats fits."""
     for names in (["prompt", "completion"], ["messages"], ["text"]):
         if set(names) <= set(dataset.column_names):
             return names

@@ -1,18 +1,15 @@
 """One run, from named files to a run directory: what `tamis train`, the demo and the comparisons all go through."""
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from tamis.config import BilevelConfig, given_fields
+from tamis.config import BilevelConfig, given_fields, warn_without_effect
 from tamis.data import load_rows
 from tamis.progress import ProgressCallback, use_progress
 from tamis.trainer import BilevelTrainer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -78,7 +75,7 @@ def train(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> 
     if model_args.model_name_or_path is None:
         raise ValueError("no model: give --model_name_or_path")
     if data.weight_column is not None and args.selector != "column":
-        logger.warning(f"weight_column is set but has no effect with selector '{args.selector}'")
+        warn_without_effect(["weight_column"], {f"selector '{args.selector}' does not read it": ["weight_column"]})
     datasets = data.load()
 
     given = args.model_init_kwargs

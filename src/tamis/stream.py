@@ -1,43 +1,135 @@
-"""One stream of batches: every step has rows of the training dataset first, then rows of the validation dataset.
+"""The stream of training: which rows a step holds, and the batches that they become.
 
-Which rows a step holds follows from (seed, epoch, step) alone, never from a global generator, so that a resumed run and
-a run on another number of ranks see the same global batches.
+A row has one identity on its way: its id, an ``example_id`` in the training dataset or in the validation dataset. The
+stream yields ids (`MicroBatch`); `Batches.collate` looks the rows up, puts generated responses in their place, and
+counts what each row is worth in the mean of its level. Which rows a step holds follows from (seed, epoch, step) alone,
+never from a global generator, so that a resumed run and a run on another number of ranks see the same global batches.
+
+Shape suffixes: B rows of a micro-batch, training rows first; L its training rows, U its validation rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
-from tamis._compat import prepare_data_loader
+from tamis.losses import Collate
+from tamis.randomness import EndlessPermutations, permutation
 
 
-def permutation(num_rows: int, seed: int, epoch: int, level: int) -> torch.Tensor:
-    """A permutation of ``range(num_rows)`` that depends on (seed, epoch, level) alone; level 0 is lower, 1 upper."""
-    # Distinct 63-bit seeds: torch mixes them well (Philox / MT19937 initialisation), a sum of the parts would not do.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2 + level)
-    return torch.randperm(num_rows, generator=generator)
+@dataclass(frozen=True)
+class Substitute:
+    """A response that a row trains on instead of its original one.
+
+    Attributes:
+        index: its place among the responses of the row.
+        token_ids: as generated.
+    """
+
+    index: int
+    token_ids: list[int]
 
 
-def upper_id(row: int) -> int:
-    """The example_id under which a validation row travels, below zero: it has no weight of its own."""
-    return -1 - row
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of one micro-batch, by their ids.
+
+    Attributes:
+        training_ids, validation_ids: in order.
+        substitutes: by training id, for rows that do not train on their original response.
+    """
+
+    training_ids: list[int]
+    validation_ids: list[int]
+    substitutes: dict[int, Substitute] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """What is known of the rows of a collated micro-batch, beside its tensors; all on the CPU.
+
+    Attributes:
+        training_ids, validation_ids: the L training rows come first, then the U validation rows.
+        responses_L: which response each training row has: its place among the generated ones, -1 for the original.
+        num_tokens_B: tokens that are trained on.
+        share_B: what a row counts in the mean over its level in the whole optimizer step (all micro-batches and ranks).
+    """
+
+    training_ids: list[int]
+    validation_ids: list[int]
+    responses_L: Tensor
+    num_tokens_B: Tensor
+    share_B: Tensor
+
+    @property
+    def num_training(self) -> int:
+        """L."""
+        return len(self.training_ids)
+
+    @property
+    def ids_L(self) -> Tensor:
+        """The training ids as a tensor (int64)."""
+        return torch.tensor(self.training_ids, dtype=torch.int64)
+
+
+class PreparedRows:
+    """Token ids and labels of the prepared rows of a dataset, by id.
+
+    Args:
+        dataset: ``input_ids``, ``labels``, ``example_id``; rows that were left out are not in it.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.ids = torch.tensor(dataset["example_id"][:], dtype=torch.int64)
+        self._rows = dataset.select_columns(["input_ids", "labels"])
+        self._places = torch.full((int(self.ids.max()) + 1,), -1, dtype=torch.int64)
+        self._places[self.ids] = torch.arange(len(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, example_ids: Sequence[int]) -> list[dict[str, list[int]]]:
+        """The rows with these ids, in their order; one read of the dataset."""
+        places = self._places[torch.tensor(example_ids, dtype=torch.int64)]
+        assert (places >= 0).all(), f"rows of {example_ids} were left out"
+        columns = self._rows[places.tolist()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, list[int]]]]:
+        return zip(self.ids.tolist(), self._rows, strict=True)
+
+
+def prompt_and_response(row: dict[str, list[int]]) -> tuple[list[int], list[int]] | None:
+    """Token ids of prompt and response of a prepared row; None unless it is a prompt followed by one response."""
+    labels = row["labels"]
+    start = next((t for t, label in enumerate(labels) if label != -100), len(labels))
+    if not 0 < start < len(labels) or -100 in labels[start:]:
+        return None
+    return row["input_ids"][:start], row["input_ids"][start:]
+
+
+def as_row(prompt: list[int], response: list[int]) -> dict[str, list[int]]:
+    """The prepared row of a prompt and a response: only the response is trained on."""
+    return {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
 
 
 class BilevelBatchSampler(Sampler[list[int]]):
-    """Indices into the concatenation (training rows, validation rows), one list per step of one rank.
+    """Places in the concatenation (training rows, validation rows), one list per step of one rank.
 
     An epoch is one pass over the training rows; the validation rows cycle through permutations of their own. All ranks
     together hold a contiguous slice of the permutation in each step, so 2 ranks of 8 rows see what 1 rank of 16 does.
 
     Args:
-        num_lower, num_upper: rows of the two datasets; ``num_upper`` may be 0.
-        lower_batch_size, upper_batch_size: rows of each per step and rank.
+        num_training, num_validation: rows of the two datasets; ``num_validation`` may be 0.
+        training_batch_size, validation_batch_size: rows of each per step and rank.
         seed: all the randomness there is.
-        epoch: returns the number of the present epoch; asked when an iteration starts, so that it is right on resume.
         rank, num_ranks: which share of the global batch this process takes.
         drop_last: leave out the last step of an epoch if it has fewer training rows than the others.
     """
@@ -45,120 +137,169 @@ class BilevelBatchSampler(Sampler[list[int]]):
     def __init__(
         self,
         *,
-        num_lower: int,
-        num_upper: int,
-        lower_batch_size: int,
-        upper_batch_size: int,
+        num_training: int,
+        num_validation: int,
+        training_batch_size: int,
+        validation_batch_size: int,
         seed: int,
-        epoch: Callable[[], int],
         rank: int = 0,
         num_ranks: int = 1,
         drop_last: bool = False,
     ):
-        self.num_lower, self.num_upper = num_lower, num_upper
-        self.lower_batch_size = lower_batch_size
-        self.upper_batch_size = upper_batch_size if num_upper else 0
-        self.seed, self.epoch = seed, epoch
+        self.num_training, self.num_validation = num_training, num_validation
+        self.training_batch_size = training_batch_size
+        self.validation_batch_size = validation_batch_size if num_validation else 0
+        self.seed, self.epoch = seed, 0
         self.rank, self.num_ranks = rank, num_ranks
+        self._order = EndlessPermutations(num_validation, seed)
         self.drop_last = drop_last
 
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is. `transformers` does, at the start of each and on resume."""
+        self.epoch = epoch
+
     def __len__(self) -> int:
-        num_full, num_left = divmod(self.num_lower, self.lower_batch_size * self.num_ranks)
+        num_full, num_left = divmod(self.num_training, self.training_batch_size * self.num_ranks)
         # Every rank needs a row in the last step, or its batch would be empty and the others would wait for it.
-        keep_last = num_left >= (1 if self.upper_batch_size else self.num_ranks) and not self.drop_last
+        keep_last = num_left >= (1 if self.validation_batch_size else self.num_ranks) and not self.drop_last
         return num_full + keep_last
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = self.epoch()
-        lower = permutation(self.num_lower, self.seed, epoch, level=0)
-        lower_stride = self.lower_batch_size * self.num_ranks
+        epoch = self.epoch
+        order = permutation(self.num_training, self.seed, epoch, level=0)
+        stride = self.training_batch_size * self.num_ranks
         for step in range(len(self)):
-            rows = lower[step * lower_stride : (step + 1) * lower_stride].tensor_split(self.num_ranks)[self.rank]
-            yield rows.tolist() + self._upper_rows(epoch * len(self) + step)
+            rows = order[step * stride : (step + 1) * stride].tensor_split(self.num_ranks)[self.rank]
+            yield rows.tolist() + self._validation_places(epoch * len(self) + step)
 
-    def _upper_rows(self, global_step: int) -> list[int]:
+    def _validation_places(self, global_step: int) -> list[int]:
         """Rows of the endless sequence of permutations of the validation dataset that this rank takes in this step."""
-        first = (global_step * self.num_ranks + self.rank) * self.upper_batch_size
-        rows = []
-        for position in range(first, first + self.upper_batch_size):
-            cycle, place = divmod(position, self.num_upper)
-            if cycle != getattr(self, "_cycle", None):
-                self._cycle, self._order = cycle, permutation(self.num_upper, self.seed, cycle, level=1).tolist()
-            rows.append(self.num_lower + self._order[place])
-        return rows
+        first = (global_step * self.num_ranks + self.rank) * self.validation_batch_size
+        return [self.num_training + place for place in self._order.places(first, self.validation_batch_size)]
 
 
-class BilevelCollator:
-    """Wraps TRL's collator; adds what the trainer must know of the rows of a batch, as plain integers on the CPU.
-
-    - ``example_ids``: of the training rows, which come first; ``upper_rows``: places of the validation rows.
-    - ``num_tokens``: tokens that are trained on, of every row.
-    - ``answers``: of the training rows, the place of the generated answer they carry; -1 for their own.
-
-    Batches of other datasets (evaluation) pass through unchanged.
-    """
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
-        self.collator = collator
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        if "example_id" not in rows[0]:
-            return self.collator(rows)
-        example_ids = [row.pop("example_id") for row in rows]
-        answers = [row.pop("answer", -1) for row in rows]
-        batch = self.collator(rows)
-        return {
-            **batch,
-            "example_ids": [example_id for example_id in example_ids if example_id >= 0],
-            "upper_rows": [-1 - example_id for example_id in example_ids if example_id < 0],
-            "answers": [a for a, example_id in zip(answers, example_ids, strict=True) if example_id >= 0],
-            "num_tokens": (batch["labels"][:, 1:] != -100).sum(dim=1).tolist(),
-        }
-
-
-def make_dataloader(
-    train_dataset: Dataset,
-    validation_dataset: Dataset | None,
-    collator: Callable[[list[Any]], Any],
+def make_stream(
+    training: PreparedRows,
+    validation: PreparedRows | None,
     args: TrainingArguments,
     *,
-    lower_batch_size: int,
-    upper_batch_size: int,
-    epoch: Callable[[], int],
-    device: torch.device,
-) -> DataLoader:
-    """The stream over prepared rows (``input_ids``, ``labels``, ``example_id``) as one rank sees it.
+    training_batch_size: int,
+    validation_batch_size: int,
+) -> DataLoader[Any]:
+    """The `MicroBatch`es of one rank.
 
     Args:
-        validation_dataset: None where the steps have no validation rows.
-        args: for seed, ranks and the settings of the dataloader.
-        lower_batch_size, upper_batch_size, epoch: see `BilevelBatchSampler`.
+        validation: None where the steps have no validation rows.
+        args: for seed and ranks.
+        training_batch_size, validation_batch_size: see `BilevelBatchSampler`.
     """
-    columns = ["input_ids", "labels", "example_id"]
-    stream = train_dataset.select_columns(columns)
-    num_upper = 0
-    if validation_dataset is not None:
-        upper = validation_dataset.select_columns(columns)
-        stream, num_upper = concatenate_datasets([stream, upper.cast(stream.features)]), len(upper)
+    num_training, num_validation = len(training), 0 if validation is None else len(validation)
+    ids = training.ids if validation is None else torch.cat([training.ids, validation.ids])
+
+    def name(places: list[int]) -> MicroBatch:
+        found = ids[places].tolist()
+        num_lower = sum(place < num_training for place in places)
+        return MicroBatch(found[:num_lower], found[num_lower:])
+
     sampler = BilevelBatchSampler(
-        num_lower=len(train_dataset),
-        num_upper=num_upper,
-        lower_batch_size=lower_batch_size,
-        upper_batch_size=upper_batch_size,
+        num_training=num_training,
+        num_validation=num_validation,
+        training_batch_size=training_batch_size,
+        validation_batch_size=validation_batch_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
-        epoch=epoch,
         rank=args.process_index,
         num_ranks=args.world_size,
         drop_last=args.dataloader_drop_last,
     )
-    dataloader = DataLoader(
-        stream,
-        batch_sampler=sampler,
-        collate_fn=collator,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory,
-        persistent_workers=args.dataloader_persistent_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-    )
-    # num_processes=1: the sampler has already taken this rank's share.
-    return prepare_data_loader(dataloader, device, num_processes=1, process_index=0, put_on_device=True)
+    places: Any = range(num_training + num_validation)
+    return _Stream(places, batch_sampler=sampler, collate_fn=name)
+
+
+class _Stream(DataLoader[Any]):
+    batch_sampler: BilevelBatchSampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """A plain loader keeps from its sampler which epoch `transformers` says it is."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class Batches:
+    """Turns the micro-batches of a step into tensors, once.
+
+    Args:
+        training, validation: where rows are looked up.
+        collate: TRL's collator, or the user's.
+        loss_reduction: ``example``: every row counts the same in the mean over its level. ``token``: every token does.
+    """
+
+    def __init__(
+        self,
+        training: PreparedRows,
+        validation: PreparedRows | None,
+        collate: Collate,
+        accelerator: Accelerator,
+        loss_reduction: str,
+    ):
+        self.training, self.validation, self._collate = training, validation, collate
+        self.accelerator, self.loss_reduction = accelerator, loss_reduction
+
+    def collate(self, micro_batches: Sequence[MicroBatch]) -> list[dict[str, Any]]:
+        """The tensors of each micro-batch of one optimizer step, with its `BatchRows` under ``rows``."""
+        batches = [self.collate_rows(self._rows(micro_batch)) for micro_batch in micro_batches]
+        num_tokens = [(batch["labels"][:, 1:] != -100).sum(dim=1) for batch in batches]
+        totals = self._totals(micro_batches, num_tokens)
+        for batch, micro_batch, num_tokens_B in zip(batches, micro_batches, num_tokens, strict=True):
+            batch["rows"] = BatchRows(
+                micro_batch.training_ids,
+                micro_batch.validation_ids,
+                _responses(micro_batch),
+                num_tokens_B,
+                self._shares(num_tokens_B, len(micro_batch.training_ids), totals),
+            )
+        return [send_to_device(batch, self.accelerator.device) for batch in batches]
+
+    def collate_rows(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The tensors of rows, checked: a collator that joins rows would make losses of something else.
+
+        Raises:
+            ValueError: there is not one row of labels for each row.
+        """
+        batch = self._collate(rows)
+        if "labels" not in batch or len(batch["labels"]) != len(rows):
+            raise ValueError("data_collator must make one row of labels for each row: every row's loss is needed")
+        return batch
+
+    def _rows(self, micro_batch: MicroBatch) -> list[dict[str, list[int]]]:
+        rows = self.training.take(micro_batch.training_ids)
+        for place, example_id in enumerate(micro_batch.training_ids):
+            if example_id in micro_batch.substitutes:
+                parts = prompt_and_response(rows[place])
+                assert parts is not None, "only rows of a prompt and one response are refined"
+                rows[place] = as_row(parts[0], micro_batch.substitutes[example_id].token_ids)
+        if self.validation is not None:
+            rows += self.validation.take(micro_batch.validation_ids)
+        return rows
+
+    def _totals(self, micro_batches: Sequence[MicroBatch], num_tokens: list[Tensor]) -> list[int]:
+        """What the two means of the step run over, on all ranks: rows of each level, then tokens of each."""
+        totals = torch.zeros(4, dtype=torch.int64)
+        for micro_batch, num_tokens_B in zip(micro_batches, num_tokens, strict=True):
+            num_training = len(micro_batch.training_ids)
+            tokens = [int(part.sum()) for part in (num_tokens_B[:num_training], num_tokens_B[num_training:])]
+            totals += torch.tensor([num_training, len(micro_batch.validation_ids), *tokens])
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals.to(self.accelerator.device), reduction="sum")
+        return totals.clamp(min=1).tolist()
+
+    def _shares(self, num_tokens_B: Tensor, num_training: int, totals: list[int]) -> Tensor:
+        levels = (num_tokens_B[:num_training], num_tokens_B[num_training:])
+        if self.loss_reduction == "token":
+            return torch.cat([part / total for part, total in zip(levels, totals[2:], strict=True)])
+        return torch.cat([
+            torch.full((len(part),), 1.0 / total) for part, total in zip(levels, totals[:2], strict=True)
+        ])  # fmt: skip
+
+
+def _responses(micro_batch: MicroBatch) -> Tensor:
+    found = micro_batch.substitutes
+    return torch.tensor([found[i].index if i in found else -1 for i in micro_batch.training_ids], dtype=torch.int64)

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-import tamis.compare
-import tamis.demo
+import tamis.compare.methods
+import tamis.demo.run
 from tamis.cli import main
-from tamis.compare import REFINING
-from tamis.demo import MIXING_RHOS
-from tamis.synthetic import make_world
+from tamis.compare.methods import REFINING
+from tamis.demo.run import MIXING_RHOS
+from tamis.demo.world import make_world
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def small_world(monkeypatch):
     def small(output_dir, *, seed, scenario):
         return make_world(output_dir, seed=seed, scenario=scenario, num_train=200, num_eval=50, pretrain_steps=2)
 
-    monkeypatch.setattr(tamis.demo, "make_world", small)
+    monkeypatch.setattr(tamis.demo.run, "make_world", small)
 
 
 def test_the_demo_writes_table_and_picture_and_does_not_repeat_itself(small_world, tmp_path, capfd, monkeypatch):
@@ -41,6 +41,6 @@ def test_the_demo_writes_table_and_picture_and_does_not_repeat_itself(small_worl
     def no_training(*_):
         raise AssertionError("a finished run was made again")
 
-    monkeypatch.setattr(tamis.compare, "train", no_training)
+    monkeypatch.setattr(tamis.compare.methods, "train", no_training)
     assert main(command) == 0
     assert json.loads((tmp_path / "demo" / "comparison.json").read_text()) == rows

@@ -17,11 +17,11 @@ from typing import Any
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
-from tamis.compare import Task
-from tamis.recorder import write_atomically
-from tamis.scout import PlainTrainer
+from tamis.compare.task import Task
+from tamis.files import write_atomically
+from tamis.progress import ProgressCallback, use_progress
 
 WORLD_VERSION = 2
 LETTERS = string.ascii_lowercase[:12]
@@ -128,6 +128,18 @@ def build_model(
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config)
+
+
+class PlainTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` that tells nobody about the run and shows one bar."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def train_with_bar(self, title: str) -> None:
+        """Train, with a progress bar of that name instead of printed logs."""
+        use_progress(self, ProgressCallback(title))
+        self.train()
 
 
 def pretrain(

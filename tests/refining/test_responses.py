@@ -1,4 +1,4 @@
-"""The buffer of generated answers by hand calculation: what each counts, which is drawn, what a checkpoint keeps."""
+"""The buffer of generated responses by hand calculation: what each counts, which is drawn, what a checkpoint keeps."""
 
 import dataclasses
 import math
@@ -7,35 +7,37 @@ from collections import Counter
 import pytest
 import torch
 
-from tamis.answers import Answer, RefineBuffer, Refined
+from tamis.refining.responses import RefinedRow, Response, ResponseBuffer
 
 UNIFORM_3 = [math.log(1 / 3)] * 3
 
 
-def buffer_of(*questions: list[Answer], **settings) -> RefineBuffer:
-    buffer = RefineBuffer(
+def buffer_of(*rows: list[Response], **settings) -> ResponseBuffer:
+    buffer = ResponseBuffer(
         **{"response_weighting": "bmo", "temperature": 1.0, "ratio_level": "sequence", "ratio_clip": 1e9, "seed": 0}
         | settings
     )
-    buffer.questions = {7 + i: Refined(step=3, own_score=-0.5, answers=answers) for i, answers in enumerate(questions)}
+    buffer.rows = {
+        7 + i: RefinedRow(step=3, original_score=-0.5, responses=responses) for i, responses in enumerate(rows)
+    }
     return buffer
 
 
-def answer(num_tokens: int, log_prob: float, old: float = 0.0, sampling: float = 0.0) -> Answer:
-    return Answer([4] * num_tokens, sampling_log_prob=sampling, old_log_prob=old, log_prob=log_prob)
+def response(num_tokens: int, log_prob: float, old: float = 0.0, sampling: float = 0.0) -> Response:
+    return Response([4] * num_tokens, sampling_log_prob=sampling, old_log_prob=old, log_prob=log_prob)
 
 
 def softmax(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64).softmax(0)
 
 
-# --- weights of the answers -------------------------------------------------------------------------------------------
+# --- weights of the responses -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_uniform_weights(level):
-    answers = [answer(2, -1.0), answer(5, -9.0), answer(1, -3.0)]
-    weights, clipped = buffer_of(answers, response_weighting="uniform", ratio_level=level).weights(7)
+    responses = [response(2, -1.0), response(5, -9.0), response(1, -3.0)]
+    weights, clipped = buffer_of(responses, response_weighting="uniform", ratio_level=level).weights(7)
     torch.testing.assert_close(weights.double(), torch.full((3,), 1 / 3, dtype=torch.float64))
     assert not clipped.any()
 
@@ -43,26 +45,26 @@ def test_uniform_weights(level):
 @pytest.mark.parametrize(
     ("settings", "exponents"),
     [
-        # p^(1 / tau) / q, of whole answers and of a token on average
+        # p^(1 / tau) / q, of whole responses and of a token on average
         ({}, [-6 + 5, -2 + 1.5, -3 + 4]),
         ({"temperature": 0.5}, [-12 + 5, -4 + 1.5, -6 + 4]),
         ({"ratio_level": "token"}, [(-6 + 5) / 3, (-2 + 1.5) / 1, (-3 + 4) / 2]),
         ({"ratio_level": "token", "temperature": 0.5}, [(-12 + 5) / 3, (-4 + 1.5) / 1, (-6 + 4) / 2]),
-        # r = p / p_old is exp(-2), exp(-1), exp(3) for the answers, exp(-2/3), exp(-1), exp(1.5) a token
+        # r = p / p_old is exp(-2), exp(-1), exp(3) for the responses, exp(-2/3), exp(-1), exp(1.5) a token
         ({"ratio_clip": math.e}, [(-1 - 4) + 5, (-1 - 1) + 1.5, (1 - 6) + 4]),
         ({"ratio_clip": math.e, "ratio_level": "token"}, [(-2 - 4 + 5) / 3, -1 - 1 + 1.5, 1 + (-6 + 4) / 2]),
     ],
 )
-def test_importance_weights_of_answers(settings, exponents):
-    answers = [answer(3, -6, old=-4, sampling=-5), answer(1, -2, old=-1, sampling=-1.5), answer(2, -3, -6, -4)]
-    weights, clipped = buffer_of(answers, **settings).weights(7)
+def test_importance_weights_of_responses(settings, exponents):
+    responses = [response(3, -6, old=-4, sampling=-5), response(1, -2, old=-1, sampling=-1.5), response(2, -3, -6, -4)]
+    weights, clipped = buffer_of(responses, **settings).weights(7)
     torch.testing.assert_close(weights, softmax(exponents))
     expected = {True: [False] * 3, False: [settings.get("ratio_level") != "token", False, True]}
     assert clipped.tolist() == expected["ratio_clip" not in settings]
 
 
-def test_weights_of_one_question_do_not_depend_on_another():
-    first, second = [answer(1, -1.0), answer(1, -2.0)], [answer(2, -5.0), answer(2, -4.0)]
+def test_weights_of_one_row_do_not_depend_on_another():
+    first, second = [response(1, -1.0), response(1, -2.0)], [response(2, -5.0), response(2, -4.0)]
     both = buffer_of(first, second)
     assert torch.equal(both.weights(7)[0], buffer_of(first).weights(7)[0])
     assert torch.equal(both.weights(8)[0], buffer_of(second).weights(7)[0])
@@ -79,54 +81,54 @@ def within_chance(counts: Counter, weights: torch.Tensor, num_draws: int) -> boo
 
 
 def test_frequencies_follow_the_weights():
-    answers = [answer(1, log_prob) for log_prob in (-1.0, -2.0, -0.2)]
+    responses = [response(1, log_prob) for log_prob in (-1.0, -2.0, -0.2)]
     weights = softmax([-1.0, -2.0, -0.2])
-    buffer, num_draws = buffer_of(*[answers] * 2000), 2000
+    buffer, num_draws = buffer_of(*[responses] * 2000), 2000
     along_steps = Counter(buffer.choose(7, step) for step in range(num_draws))
-    along_questions = Counter(buffer.choose(7 + i, 5) for i in range(num_draws))
+    along_rows = Counter(buffer.choose(7 + i, 5) for i in range(num_draws))
     assert within_chance(along_steps, weights, num_draws)
-    assert within_chance(along_questions, weights, num_draws)
+    assert within_chance(along_rows, weights, num_draws)
 
 
-def test_the_choice_follows_from_seed_step_and_question_alone():
-    questions = [[answer(1, p) for p in UNIFORM_3] for _ in range(3)]
-    buffer, alone = buffer_of(*questions), buffer_of(questions[0])
+def test_the_choice_follows_from_seed_step_and_row_alone():
+    rows = [[response(1, p) for p in UNIFORM_3] for _ in range(3)]
+    buffer, alone = buffer_of(*rows), buffer_of(rows[0])
     chosen = [buffer.choose(7, step) for step in range(40)]
     torch.manual_seed(3)
     state = torch.get_rng_state()
     assert [alone.choose(7, step) for step in reversed(range(40))][::-1] == chosen
     assert torch.equal(torch.get_rng_state(), state)
     assert [buffer.choose(8, step) for step in range(40)] != chosen
-    assert [buffer_of(*questions, seed=1).choose(7, step) for step in range(40)] != chosen
+    assert [buffer_of(*rows, seed=1).choose(7, step) for step in range(40)] != chosen
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("weighting", ["bmo", "uniform"])
 def test_on_average_a_draw_times_its_coefficient_is_the_new_weight(weighting, level):
-    """The new weight of an answer is the one with its own new log-probability, the others' as they were last seen."""
-    answers = [answer(3, -6, old=-4, sampling=-5), answer(1, -2, old=-1, sampling=-1.5), answer(2, -3, -6, -4)]
+    """The new weight of a response is the one with its own new log-probability, the others' as they were last seen."""
+    responses = [response(3, -6, old=-4, sampling=-5), response(1, -2, old=-1, sampling=-1.5), response(2, -3, -6, -4)]
     settings = {"response_weighting": weighting, "ratio_level": level, "temperature": 0.7, "ratio_clip": 5.0}
-    buffer = buffer_of(answers, **settings)
+    buffer = buffer_of(responses, **settings)
     drawn = buffer.weights(7)[0].double()
     for j, log_prob in enumerate([-4.5, -2.5, -5.5]):
-        expected = buffer_of([dataclasses.replace(a) for a in answers], **settings)
-        expected.questions[7].answers[j].log_prob = log_prob
+        expected = buffer_of([dataclasses.replace(r) for r in responses], **settings)
+        expected.rows[7].responses[j].log_prob = log_prob
         new = expected.weights(7)[0][j].item()
         assert drawn[j].item() * buffer.coefficient(7, j, log_prob) == pytest.approx(new, rel=1e-12)
         assert weighting == "uniform" or new != pytest.approx(drawn[j].item(), rel=1e-2)
 
 
 def test_coefficient_is_one_if_nothing_has_changed_and_stores_nothing():
-    answers = [answer(3, -6, old=-4, sampling=-5), answer(1, -2, old=-1, sampling=-1.5)]
-    buffer = buffer_of(answers, temperature=0.3)
-    before = [dataclasses.replace(a) for a in answers]
-    assert [buffer.coefficient(7, j, a.log_prob) for j, a in enumerate(answers)] == [1.0, 1.0]
+    responses = [response(3, -6, old=-4, sampling=-5), response(1, -2, old=-1, sampling=-1.5)]
+    buffer = buffer_of(responses, temperature=0.3)
+    before = [dataclasses.replace(r) for r in responses]
+    assert [buffer.coefficient(7, j, r.log_prob) for j, r in enumerate(responses)] == [1.0, 1.0]
     assert buffer.coefficient(7, 0, -1.0) > 1 > buffer.coefficient(7, 0, -9.0)
-    assert buffer.questions[7].answers == before
+    assert buffer.rows[7].responses == before
 
 
-def test_an_answer_alone_has_all_the_weight():
-    buffer = buffer_of([answer(3, -6, old=-4, sampling=-5)])
+def test_a_response_alone_has_all_the_weight():
+    buffer = buffer_of([response(3, -6, old=-4, sampling=-5)])
     assert buffer.weights(7)[0].tolist() == [1.0]
     assert [buffer.choose(7, step) for step in range(5)] == [0] * 5
     assert buffer.coefficient(7, 0, -20.0) == 1.0
@@ -134,40 +136,43 @@ def test_an_answer_alone_has_all_the_weight():
 
 def test_metrics_on_a_hand_computed_example():
     buffer = buffer_of(
-        [answer(1, 0.0), answer(1, 0.0), answer(1, -math.inf), answer(1, -math.inf)],
-        [answer(2, -1.0, old=-3.0, sampling=0.0), answer(2, -1.0, old=-3.0, sampling=0.0)],
+        [response(1, 0.0), response(1, 0.0), response(1, -math.inf), response(1, -math.inf)],
+        [response(2, -1.0, old=-3.0, sampling=0.0), response(2, -1.0, old=-3.0, sampling=0.0)],
         ratio_clip=1.5,
         response_weighting="uniform",
     )
     assert buffer_of().metrics() == {}
-    buffer.questions.pop(7)
+    buffer.rows.pop(7)
     assert buffer.metrics() == {"ratio_ess": 1.0, "ratio_clip_rate": 0.0, "mean_log_ratio": 1.0}
-    buffer.response_weighting, buffer.questions[8].answers[0].log_prob = "bmo", -3.0
+    buffer.response_weighting, buffer.rows[8].responses[0].log_prob = "bmo", -3.0
     # r is 1 and e^2, which is clipped to 1.5: weights 0.4 and 0.6
     metrics = buffer.metrics()
     assert metrics["ratio_ess"] == pytest.approx(1 / (0.4**2 + 0.6**2) / 2)
     assert (metrics["ratio_clip_rate"], metrics["mean_log_ratio"]) == (0.5, 0.5)
 
 
-def fields(buffer: RefineBuffer) -> dict:
-    """All that is known of the questions, in which NaN equals NaN."""
-    return {i: repr(question) for i, question in buffer.questions.items()}
+def fields(buffer: ResponseBuffer) -> dict:
+    """All that is known of the rows, in which NaN equals NaN."""
+    return {i: repr(row) for i, row in buffer.rows.items()}
 
 
 @pytest.mark.parametrize(
-    "questions",
+    "rows",
     [
         [],
-        [[answer(3, -1 / 3, old=-0.1, sampling=-0.7), Answer([9], -0.2)], [Answer([5, 6], -1e-17, 0.1, 0.2, 0.3)]],
+        [
+            [response(3, -1 / 3, old=-0.1, sampling=-0.7), Response([9], -0.2)],
+            [Response([5, 6], -1e-17, 0.1, 0.2, 0.3)],
+        ],
     ],
 )
-def test_state_dict_round_trip_is_bit_for_bit(questions):
-    first = buffer_of(*questions)
-    second = buffer_of([answer(1, 0.0)], *questions[:1])
+def test_state_dict_round_trip_is_bit_for_bit(rows):
+    first = buffer_of(*rows)
+    second = buffer_of([response(1, 0.0)], *rows[:1])
     second.load_state_dict({n: t.clone() for n, t in first.state_dict().items()})
-    assert list(second.questions) == list(first.questions)
+    assert list(second.rows) == list(first.rows)
     assert fields(second) == fields(first)
-    assert all(isinstance(token, int) for q in second.questions.values() for a in q.answers for token in a.token_ids)
+    assert all(isinstance(token, int) for row in second.rows.values() for r in row.responses for token in r.token_ids)
     assert all(
         torch.equal(t.nan_to_num(7), first.state_dict()[n].nan_to_num(7)) for n, t in second.state_dict().items()
     )

@@ -1,10 +1,9 @@
-"""Generators: what writes new answers to questions, with the weights that the model has at that moment.
+"""Generators: what writes new completions of prompts, with the weights that the model has at that moment.
 
 | name           | how                                                          | needs                      |
 |----------------|--------------------------------------------------------------|----------------------------|
 | `transformers` | the training model itself, batched, with a KV cache          | nothing                    |
 | `vllm`         | TRL's `VLLMGeneration`, in this process or on a server       | `pip install tamis[vllm]`  |
-| `scripted`     | answers from a function of the question, for tests           | the tests construct it     |
 
 All of them take and return token ids: what is trained on is what was generated, never decoded and encoded again.
 `verify` compares the log-probabilities that a generator reports with those of the training model, so that a generator
@@ -21,35 +20,35 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
-from trl.import_utils import is_vllm_available
 
-from tamis.references import evaluation_mode
+from tamis._compat import LoraLayer, is_vllm_available, vllm_generation
+from tamis.checkpoint import ResumableError
+from tamis.losses import evaluation_mode
+from tamis.randomness import seeded
 
 logger = logging.getLogger(__name__)
 
-GENERATOR_NAMES = ("transformers", "vllm")
-# Nats per token between generator and training model, on average over an answer. Arithmetic in bf16 with and without
+# Nats per token between generator and training model, on average over a completion. Arithmetic in bf16 with and without
 # a KV cache differs by about 0.01; one optimizer step of old weights is hard to tell from that, a forgotten
 # synchronisation is not.
 MAX_DRIFT = 0.2
 
 
-class GenerationError(RuntimeError):
-    """The generator failed, or did not answer every question, or answered with other weights than the model has."""
+class GenerationError(ResumableError):
+    """The generator failed, or did not answer every prompt, or answered with other weights than the model has."""
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How answers are drawn.
+    """How completions are drawn.
 
     Attributes:
         temperature: of the sampling distribution; positive.
         top_p: the smallest set of tokens whose probabilities sum to at least this is drawn from; 1 is all.
-        max_new_tokens: an answer that has not ended by then is unfinished.
+        max_new_tokens: a completion that has not ended by then is unfinished.
     """
 
     temperature: float
@@ -58,8 +57,8 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
-class Response:
-    """One generated answer.
+class Completion:
+    """One generated completion.
 
     Attributes:
         token_ids: as generated, with the closing token if it has one.
@@ -74,12 +73,12 @@ class Response:
 
 
 class Generator(Protocol):
-    """Anything that answers questions."""
+    """Anything that completes prompts."""
 
     settings: SamplingSettings
 
-    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Response]]:
-        """``num_generations`` answers to each prompt, by the weights that the model has now.
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Completion]]:
+        """``num_generations`` completions of each prompt, by the weights that the model has now.
 
         Args:
             prompts: token ids.
@@ -133,9 +132,9 @@ class TransformersGenerator:
 
     Args:
         model: the training model, with or without adapters; used as it is.
-        processing_class: its tokenizer; pads and ends answers.
-        batch_size: answers drawn at a time. It bounds the memory, whatever the number of answers a question.
-        show_progress: a bar over the answers.
+        processing_class: its tokenizer; pads and ends completions.
+        batch_size: completions drawn at a time. It bounds the memory, whatever the number of completions a prompt.
+        show_progress: a bar over the completions.
     """
 
     def __init__(
@@ -164,30 +163,27 @@ class TransformersGenerator:
             pad_token_id=self.pad_token_id,
         )
 
-    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Response]]:
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Completion]]:
         """See `Generator`."""
         rows = [i for i in range(len(prompts)) for _ in range(num_generations)]
         rows.sort(key=lambda i: -len(prompts[i]))  # stable: the longest first, where a lack of memory shows at once
-        answers: list[list[Response]] = [[] for _ in prompts]
-        device = self.accelerator.device
-        devices = [device] if device.type != "cpu" else []
-        bar = tqdm(total=len(rows), desc="generating", unit="answer", disable=not self.show_progress)
+        completions: list[list[Completion]] = [[] for _ in prompts]
+        bar = tqdm(total=len(rows), desc="generating", unit="completion", disable=not self.show_progress)
         with (
             evaluation_mode(self.model),
             without_published_defaults(self.model),
             torch.no_grad(),
-            torch.random.fork_rng(devices, device_type=device.type),
+            seeded(seed, self.accelerator.device),
             bar,
         ):
-            torch.manual_seed(seed)
             for first in range(0, len(rows), self.batch_size):
                 batch = rows[first : first + self.batch_size]
-                for i, response in zip(batch, self._draw([prompts[i] for i in batch]), strict=True):
-                    answers[i].append(response)
+                for i, completion in zip(batch, self._draw([prompts[i] for i in batch]), strict=True):
+                    completions[i].append(completion)
                 bar.update(len(batch))
-        return answers
+        return completions
 
-    def _draw(self, prompts: list[list[int]]) -> list[Response]:
+    def _draw(self, prompts: list[list[int]]) -> list[Completion]:
         longest = max(map(len, prompts))
         padding = [longest - len(ids) for ids in prompts]
         input_ids = torch.tensor([[self.pad_token_id] * p + ids for p, ids in zip(padding, prompts, strict=True)])
@@ -206,11 +202,11 @@ class TransformersGenerator:
             for ids, row_log_probs in zip(sequences[:, longest:].tolist(), log_probs, strict=True)
         ]
 
-    def _cut(self, token_ids: list[int], log_probs_T: Tensor) -> Response:
+    def _cut(self, token_ids: list[int], log_probs_T: Tensor) -> Completion:
         """Without the padding that follows the closing token."""
         length = next((t + 1 for t, token in enumerate(token_ids) if token in self.eos_token_ids), None)
         token_ids = token_ids[:length]
-        return Response(token_ids, log_probs_T[: len(token_ids)].sum().item(), is_finished=length is not None)
+        return Completion(token_ids, log_probs_T[: len(token_ids)].sum().item(), is_finished=length is not None)
 
 
 class VllmGenerator:
@@ -227,23 +223,23 @@ class VllmGenerator:
         self.vllm, self.model, self.settings = vllm, model, settings
         self.eos_token_ids = set(eos_token_ids)
 
-    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Response]]:
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Completion]]:
         """See `Generator`."""
         with base_weights_kept(self.model):
             self.vllm.sync_weights()
-        # Only there: in this process one seed would give the same answer to every copy of a question.
+        # Only there: in this process one seed would give the same completion to every copy of a prompt.
         if self.vllm.mode == "server":
             self.vllm.generation_kwargs = self.vllm.generation_kwargs | {"seed": seed}
         rows = [ids for ids in prompts for _ in range(num_generations)]
-        _, completions, log_probs, _ = self.vllm.generate(rows, images=None, num_generations=num_generations)
-        if len(completions) != len(rows):
-            raise GenerationError(f"vLLM returned {len(completions)} answers, {len(rows)} were asked for")
-        responses = []
-        for token_ids, per_token in zip(completions, log_probs, strict=True):
+        _, generated, log_probs, _ = self.vllm.generate(rows, images=None, num_generations=num_generations)
+        if len(generated) != len(rows):
+            raise GenerationError(f"vLLM returned {len(generated)} completions, {len(rows)} were asked for")
+        completions = []
+        for token_ids, per_token in zip(generated, log_probs, strict=True):
             total = sum(drawn[0] if drawn[0] is not None else math.nan for drawn in per_token)
             is_finished = bool(token_ids) and token_ids[-1] in self.eos_token_ids
-            responses.append(Response(list(token_ids), total, is_finished))
-        return [responses[i : i + num_generations] for i in range(0, len(rows), num_generations)]
+            completions.append(Completion(list(token_ids), total, is_finished))
+        return [completions[i : i + num_generations] for i in range(0, len(rows), num_generations)]
 
 
 @contextmanager
@@ -260,36 +256,6 @@ def base_weights_kept(model: nn.Module) -> Iterator[None]:
                 layer.unmerge()
         for parameter, kept in zip(bases, before, strict=True):
             parameter.data.copy_(kept)
-
-
-class ScriptedGenerator:
-    """Answers from a function of the question, for tests; their log-probabilities are the training model's.
-
-    Args:
-        script: (prompt token ids, number of the answer) -> token ids; finished if they end with ``eos_token_id``.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        script: Callable[[list[int], int], list[int]],
-        settings: SamplingSettings,
-        eos_token_id: int,
-    ):
-        self.model, self.script, self.settings, self.eos_token_id = model, script, settings, eos_token_id
-
-    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Response]]:
-        """See `Generator`."""
-        answers = []
-        for prompt in prompts:
-            texts = [self.script(prompt, j) for j in range(num_generations)]
-            answers.append([
-                Response(
-                    ids, sampled_log_prob(self.model, prompt, ids, self.settings), ids[-1:] == [self.eos_token_id]
-                )
-                for ids in texts
-            ])  # fmt: skip
-        return answers
 
 
 def check_installed(generator: str) -> None:
@@ -323,7 +289,7 @@ def make_generator(
     check_installed(args.generator)
     if args.vllm_mode == "server" and accelerator.num_processes > 1:
         raise ValueError(
-            "a vLLM server deals its answers out in equal shares, which those of the ranks are not: train on one rank, "
+            "a vLLM server deals completions out in equal shares, which those of the ranks are not: train on one rank, "
             "or use --vllm_mode colocate"
         )
     if getattr(model, "hf_quantizer", None) is not None:
@@ -331,9 +297,7 @@ def make_generator(
             "generator 'vllm' would merge the adapter into quantized weights, which cannot be undone exactly "
             "(huggingface/trl#6688): leave --generator out, or train without quantization"
         )
-    from trl.generation.vllm_generation import VLLMGeneration
-
-    vllm = VLLMGeneration(
+    vllm = vllm_generation(
         model,
         accelerator,
         processing_class,
@@ -349,7 +313,7 @@ def make_generator(
 
 
 def closing_tokens(model: Any, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer: the tokenizer's, and those that the model was published with."""
+    """Token ids that end a completion: the tokenizer's, and those that the model was published with."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, list) else [configured]
     found = [processing_class.eos_token_id, *configured]
@@ -357,7 +321,7 @@ def closing_tokens(model: Any, processing_class: PreTrainedTokenizerBase) -> lis
 
 
 def sampled_log_prob(model: Any, prompt: list[int], token_ids: list[int], settings: SamplingSettings) -> float:
-    """Sum of log-probabilities of an answer under the sampling distribution, by a forward of its own."""
+    """Sum of log-probabilities of a completion under the sampling distribution, by a forward of its own."""
     if not token_ids:
         return 0.0
     with evaluation_mode(model), torch.no_grad():
@@ -370,35 +334,35 @@ def verify(
     generator: Generator,
     model: Any,
     prompts: Sequence[list[int]],
-    answers: list[list[Response]],
+    completions: list[list[Completion]],
     num_generations: int,
     autocast: Callable[[], Any],
     num_checked: int = 4,
 ) -> float:
-    """Check that every question was answered as asked, by the weights that ``model`` has; returns the drift.
+    """Check that every prompt was completed as asked, by the weights that ``model`` has; returns the drift.
 
     The drift is the largest difference, in nats per token, between the log-probabilities that the generator reports and
-    those of the training model, over one answer each of ``num_checked`` questions.
+    those of the training model, over one completion each of ``num_checked`` prompts.
 
     Raises:
-        GenerationError: answers are missing, or the drift exceeds `MAX_DRIFT`.
+        GenerationError: completions are missing, or the drift exceeds `MAX_DRIFT`.
     """
-    if len(answers) != len(prompts):
-        raise GenerationError(f"the generator answered {len(answers)} of {len(prompts)} questions")
-    for i, responses in enumerate(answers):
-        if len(responses) != num_generations:
+    if len(completions) != len(prompts):
+        raise GenerationError(f"the generator completed {len(completions)} of {len(prompts)} prompts")
+    for i, found in enumerate(completions):
+        if len(found) != num_generations:
             raise GenerationError(
-                f"the generator returned {len(responses)} answers to question {i}, {num_generations} were asked for"
+                f"the generator returned {len(found)} completions of prompt {i}, {num_generations} were asked for"
             )
     drift = 0.0
-    for prompt, responses in list(zip(prompts, answers, strict=True))[:num_checked]:
-        response = responses[0]
-        if not math.isfinite(response.log_prob):
+    for prompt, found in list(zip(prompts, completions, strict=True))[:num_checked]:
+        completion = found[0]
+        if not math.isfinite(completion.log_prob):
             continue  # counted as unmeasured, and not trained on
-        num_tokens = max(len(response.token_ids), 1)
+        num_tokens = max(len(completion.token_ids), 1)
         with autocast():
-            own = sampled_log_prob(model, prompt, response.token_ids, generator.settings)
-        difference = (response.log_prob - own) / num_tokens
+            own = sampled_log_prob(model, prompt, completion.token_ids, generator.settings)
+        difference = (completion.log_prob - own) / num_tokens
         # Where the generator has renormalised over the tokens that top_p left, each gains at most log(1 / top_p).
         difference = max(-difference, difference + math.log(generator.settings.top_p), 0.0)
         drift = max(drift, difference if math.isfinite(difference) else math.inf)

@@ -13,14 +13,15 @@ import pytest
 import torch
 from conftest import assert_close, lora, parameters, tiny_model, tiny_tokenizer
 from peft import get_peft_model
+from scripted import ScriptedGenerator
 from transformers import GenerationConfig
 
-from tamis import BilevelConfig, generation
-from tamis.generation import (
+from tamis import BilevelConfig
+from tamis.refining import generation
+from tamis.refining.generation import (
+    Completion,
     GenerationError,
-    Response,
     SamplingSettings,
-    ScriptedGenerator,
     TransformersGenerator,
     VllmGenerator,
     base_weights_kept,
@@ -40,7 +41,7 @@ SETTINGS = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=5)
 
 
 def opinionated_model(seed: int = 0, closing: bool = True):
-    """The tiny model with a head that is not flat; some letters close an answer, so that answers end early at times."""
+    """The tiny model with a head that is not flat; letters close some completions early."""
     model = tiny_model(TOKENIZER, seed)
     model.lm_head.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
     if closing:
@@ -81,32 +82,32 @@ def forward_shapes(model):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_log_probs_are_those_of_the_model_at_the_sampling_temperature(temperature):
     model = opinionated_model()
-    answers = generator_of(model, temperature=temperature).generate(PROMPTS, 3, seed=0)
-    for prompt, responses in zip(PROMPTS, answers, strict=True):
-        for response in responses:
-            expected = log_prob_alone(model, prompt, response.token_ids, temperature)
-            assert response.log_prob == pytest.approx(expected, abs=1e-4), "whatever the padding on its left"
-    lengths = {len(r.token_ids) for responses in answers for r in responses}
+    completions = generator_of(model, temperature=temperature).generate(PROMPTS, 3, seed=0)
+    for prompt, of_prompt in zip(PROMPTS, completions, strict=True):
+        for completion in of_prompt:
+            expected = log_prob_alone(model, prompt, completion.token_ids, temperature)
+            assert completion.log_prob == pytest.approx(expected, abs=1e-4), "whatever the padding on its left"
+    lengths = {len(completion.token_ids) for completion in chain(*completions)}
     assert len(lengths) > 1, "of unlike length: nothing after the closing token is counted"
 
 
-def test_answers_end_at_the_closing_token():
+def test_completions_end_at_the_closing_token():
     model = opinionated_model()
     closing = set(model.generation_config.eos_token_id)
-    responses = list(chain(*generator_of(model).generate(PROMPTS, 6, seed=1)))
-    for response in responses:
-        assert response.is_finished == (response.token_ids[-1] in closing)
-        assert not closing & set(response.token_ids[:-1]), "one at most, at the end"
-        assert response.is_finished or len(response.token_ids) == 5
-        assert TOKENIZER.pad_token_id not in response.token_ids[:-1] or not response.is_finished
-    assert {r.is_finished for r in responses} == {True, False}
+    completions = list(chain(*generator_of(model).generate(PROMPTS, 6, seed=1)))
+    for completion in completions:
+        assert completion.is_finished == (completion.token_ids[-1] in closing)
+        assert not closing & set(completion.token_ids[:-1]), "one at most, at the end"
+        assert completion.is_finished or len(completion.token_ids) == 5
+        assert TOKENIZER.pad_token_id not in completion.token_ids[:-1] or not completion.is_finished
+    assert {c.is_finished for c in completions} == {True, False}
 
 
-def test_a_closing_token_alone_is_an_answer():
+def test_a_closing_token_alone_is_a_completion():
     model = opinionated_model()
     model.generation_config.eos_token_id = list(range(len(TOKENIZER)))
-    for response in chain(*generator_of(model).generate(PROMPTS, 2, seed=0)):
-        assert len(response.token_ids) == 1 and response.is_finished
+    for completion in chain(*generator_of(model).generate(PROMPTS, 2, seed=0)):
+        assert len(completion.token_ids) == 1 and completion.is_finished
 
 
 def test_closing_tokens_are_those_of_the_tokenizer_and_of_the_model():
@@ -119,7 +120,7 @@ def test_closing_tokens_are_those_of_the_tokenizer_and_of_the_model():
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
-def test_answers_are_drawn_from_the_distribution_that_was_asked_for(temperature, top_p):
+def test_completions_are_drawn_from_the_distribution_that_was_asked_for(temperature, top_p):
     model, prompt, num_draws = opinionated_model(), PROMPTS[0], 4000
     with torch.no_grad():
         expected = (model.eval()(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
@@ -128,7 +129,7 @@ def test_answers_are_drawn_from_the_distribution_that_was_asked_for(temperature,
     kept = torch.zeros_like(expected).index_fill(0, order[:num_kept], 1.0)
     expected = expected * kept / (expected * kept).sum()
     generator = generator_of(model, batch_size=1000, temperature=temperature, top_p=top_p, max_new_tokens=1)
-    drawn = [response.token_ids[0] for response in generator.generate([prompt], num_draws, seed=0)[0]]
+    drawn = [completion.token_ids[0] for completion in generator.generate([prompt], num_draws, seed=0)[0]]
     frequency = torch.bincount(torch.tensor(drawn), minlength=len(expected)) / num_draws
     # Of one frequency the standard deviation is sqrt(p (1 - p) / n): five of them for the worst of 45.
     deviation = (expected * (1 - expected) / num_draws).sqrt()
@@ -150,7 +151,7 @@ def test_answers_are_drawn_from_the_distribution_that_was_asked_for(temperature,
     ids=lambda published: "-".join(published),
 )
 def test_defaults_that_the_model_was_published_with_do_not_bend_the_distribution(published):
-    """Instruction models come with settings for chatting: answers are drawn and reported without them."""
+    """Instruction models come with settings for chatting: completions are drawn and reported without them."""
     plain, model = opinionated_model(), opinionated_model()
     eos_token_id = plain.generation_config.eos_token_id
     model.generation_config = GenerationConfig(**{"do_sample": True} | published, eos_token_id=eos_token_id)
@@ -173,39 +174,39 @@ def test_the_seed_is_all_the_randomness_there_is():
     assert generator.generate(PROMPTS, 3, seed=6) != first
 
 
-def test_answers_to_one_question_differ():
-    answers = generator_of(opinionated_model()).generate(PROMPTS[:1], 8, seed=0)[0]
-    assert len({tuple(response.token_ids) for response in answers}) > 4
+def test_completions_of_one_prompt_differ():
+    completions = generator_of(opinionated_model()).generate(PROMPTS[:1], 8, seed=0)[0]
+    assert len({tuple(completion.token_ids) for completion in completions}) > 4
 
 
-def test_answers_come_in_the_order_of_the_questions():
-    """The longest questions are answered first: each answer must find its way back."""
+def test_completions_come_in_the_order_of_the_prompts():
+    """The longest prompts are completed first: each completion must find its way back."""
     model = opinionated_model()
     with forward_shapes(model) as shapes:
-        answers = generator_of(model, batch_size=3).generate(PROMPTS, 2, seed=0)
+        completions = generator_of(model, batch_size=3).generate(PROMPTS, 2, seed=0)
     assert [tokens for _, tokens in shapes if tokens > 1] == [11, 7, 2, 2], (
         "the longest first, where a lack of memory shows at once"
     )
-    assert [len(responses) for responses in answers] == [2] * 5
-    for i, responses in enumerate(answers):
-        for response in responses:
-            fits = [log_prob_alone(model, prompt, response.token_ids) for prompt in PROMPTS]
-            assert fits[i] == pytest.approx(response.log_prob, abs=1e-4)
-            assert all(abs(fit - fits[i]) > 1e-3 for j, fit in enumerate(fits) if j != i), "and no other question's"
+    assert [len(of_prompt) for of_prompt in completions] == [2] * 5
+    for i, of_prompt in enumerate(completions):
+        for completion in of_prompt:
+            fits = [log_prob_alone(model, prompt, completion.token_ids) for prompt in PROMPTS]
+            assert fits[i] == pytest.approx(completion.log_prob, abs=1e-4)
+            assert all(abs(fit - fits[i]) > 1e-3 for j, fit in enumerate(fits) if j != i), "and no other prompt's"
 
 
 @pytest.mark.parametrize("num_generations", [1, 3, 17])
 def test_the_batch_size_bounds_the_memory(num_generations):
     model = opinionated_model()
     with forward_shapes(model) as shapes:
-        answers = generator_of(model, batch_size=4).generate(PROMPTS, num_generations, seed=0)
-    assert [len(responses) for responses in answers] == [num_generations] * 5
+        completions = generator_of(model, batch_size=4).generate(PROMPTS, num_generations, seed=0)
+    assert [len(of_prompt) for of_prompt in completions] == [num_generations] * 5
     assert max(rows for rows, _ in shapes) == 4
     num_batches = sum(tokens > 1 for _, tokens in shapes)
     assert num_batches == -(-5 * num_generations // 4), "and no batch is emptier than it must be"
 
 
-def test_no_questions_no_answers():
+def test_no_prompts_no_completions():
     assert generator_of(opinionated_model()).generate([], 3, seed=0) == []
 
 
@@ -275,15 +276,15 @@ def adapted_model(dtype=torch.float32, **settings):
 def test_dropout_of_an_adapter_is_off():
     model = adapted_model(lora_dropout=0.5).train()
     prompt = PROMPTS[1]
-    answers = generator_of(model).generate([prompt], 6, seed=0)[0]
-    expected = [log_prob_alone(model, prompt, response.token_ids) for response in answers]
-    assert [response.log_prob for response in answers] == pytest.approx(expected, abs=1e-4)
+    completions = generator_of(model).generate([prompt], 6, seed=0)[0]
+    expected = [log_prob_alone(model, prompt, completion.token_ids) for completion in completions]
+    assert [completion.log_prob for completion in completions] == pytest.approx(expected, abs=1e-4)
     with torch.no_grad():  # and it is on in training
         first, second = (model(input_ids=torch.tensor([prompt])).logits for _ in range(2))
     assert (first - second).abs().max() > 1e-3
 
 
-def test_answers_are_those_of_the_present_weights():
+def test_completions_are_those_of_the_present_weights():
     model = opinionated_model()
     generator = generator_of(model)
     before = generator.generate(PROMPTS, 2, seed=0)
@@ -294,22 +295,22 @@ def test_answers_are_those_of_the_present_weights():
     assert verify(generator, model, PROMPTS, after, 2, contextlib.nullcontext) < 1e-4
 
 
-# --- scripted answers -------------------------------------------------------------------------------------------------
+# --- scripted completions ---------------------------------------------------------------------------------------------
 
 
-def test_scripted_answers_carry_the_log_probs_of_the_model():
+def test_scripted_completions_carry_the_log_probs_of_the_model():
     model = opinionated_model()
     settings = SamplingSettings(temperature=0.7, top_p=1.0, max_new_tokens=5)
     generator = ScriptedGenerator(model, lambda prompt, j: [*prompt[:j], EOS][: j + 1 if j < 2 else 2], settings, EOS)
-    answers = generator.generate(PROMPTS[:2], 3, seed=0)
-    for prompt, responses in zip(PROMPTS, answers, strict=False):
-        assert [r.token_ids for r in responses] == [[EOS], [prompt[0], EOS], prompt[:2]]
-        assert [r.is_finished for r in responses] == [True, True, False]
-        expected = [log_prob_alone(model, prompt, r.token_ids, 0.7) for r in responses]
-        assert [r.log_prob for r in responses] == pytest.approx(expected, abs=1e-4)
+    completions = generator.generate(PROMPTS[:2], 3, seed=0)
+    for prompt, of_prompt in zip(PROMPTS[:2], completions, strict=True):
+        assert [c.token_ids for c in of_prompt] == [[EOS], [prompt[0], EOS], prompt[:2]]
+        assert [c.is_finished for c in of_prompt] == [True, True, False]
+        expected = [log_prob_alone(model, prompt, c.token_ids, 0.7) for c in of_prompt]
+        assert [c.log_prob for c in of_prompt] == pytest.approx(expected, abs=1e-4)
 
 
-def test_an_empty_answer_is_certain():
+def test_an_empty_completion_is_certain():
     assert sampled_log_prob(opinionated_model(), PROMPTS[0], [], SETTINGS) == 0
 
 
@@ -317,13 +318,13 @@ def test_an_empty_answer_is_certain():
 
 
 class ReportingGenerator:
-    """Fixed answers whose log-probabilities are off by so much per token."""
+    """Fixed completions whose log-probabilities are off by so much per token."""
 
     def __init__(self, model, settings=SETTINGS, off: float = 0.0):
         self.settings = settings
-        self.answers = [
+        self.completions = [
             [
-                Response(ids, sampled_log_prob(model, prompt, ids, settings) + off * len(ids), True)
+                Completion(ids, sampled_log_prob(model, prompt, ids, settings) + off * len(ids), True)
                 for ids in ([9, 8, EOS], [10, EOS])
             ]
             for prompt in PROMPTS
@@ -331,7 +332,7 @@ class ReportingGenerator:
 
 
 def drift_of(model, generator) -> float:
-    return verify(generator, model, PROMPTS, generator.answers, 2, contextlib.nullcontext)
+    return verify(generator, model, PROMPTS, generator.completions, 2, contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("off", [0.0, 0.1, -0.1])
@@ -341,13 +342,13 @@ def test_the_drift_is_measured_per_token(off):
 
 
 @pytest.mark.parametrize("log_prob", [math.nan, math.inf])
-def test_an_answer_without_log_probability_does_not_stop_the_run(log_prob):
+def test_a_completion_without_log_probability_does_not_stop_the_run(log_prob):
     """It is counted as unmeasured, and not trained on."""
     model = opinionated_model()
     generator = generator_of(model)
-    answers = generator.generate(PROMPTS, 2, seed=0)
-    answers[0][0] = Response(answers[0][0].token_ids, log_prob, True)
-    assert verify(generator, model, PROMPTS, answers, 2, contextlib.nullcontext) < 1e-4
+    completions = generator.generate(PROMPTS, 2, seed=0)
+    completions[0][0] = Completion(completions[0][0].token_ids, log_prob, True)
+    assert verify(generator, model, PROMPTS, completions, 2, contextlib.nullcontext) < 1e-4
 
 
 @pytest.mark.parametrize("off", [0.3, -0.3])
@@ -374,20 +375,20 @@ def test_older_weights_do_not_go_unnoticed():
     model = opinionated_model()
     generator = generator_of(copy.deepcopy(model))
     model.load_state_dict(opinionated_model(seed=1).state_dict())
-    answers = generator.generate(PROMPTS, 2, seed=0)
+    completions = generator.generate(PROMPTS, 2, seed=0)
     with pytest.raises(GenerationError, match="nats per token away from the training model's"):
-        verify(generator, model, PROMPTS, answers, 2, contextlib.nullcontext)
+        verify(generator, model, PROMPTS, completions, 2, contextlib.nullcontext)
 
 
-def test_missing_answers_do_not_go_unnoticed():
+def test_missing_completions_do_not_go_unnoticed():
     model = opinionated_model()
     generator = ReportingGenerator(model)
-    complete = generator.answers
-    generator.answers = complete[:-1]
-    with pytest.raises(GenerationError, match="answered 4 of 5 questions"):
+    complete = generator.completions
+    generator.completions = complete[:-1]
+    with pytest.raises(GenerationError, match="completed 4 of 5 prompts"):
         drift_of(model, generator)
-    generator.answers = [*complete[:3], complete[3][:1], complete[4]]
-    with pytest.raises(GenerationError, match="returned 1 answers to question 3, 2 were asked for"):
+    generator.completions = [*complete[:3], complete[3][:1], complete[4]]
+    with pytest.raises(GenerationError, match="returned 1 completions of prompt 3, 2 were asked for"):
         drift_of(model, generator)
 
 
@@ -401,7 +402,7 @@ def test_verifying_leaves_the_model_in_its_mode():
 
 
 class FakeVllm:
-    """Behaves as TRL's `VLLMGeneration`: LoRA is merged for the transfer and taken out again; then it answers."""
+    """Behaves as TRL's `VLLMGeneration`: LoRA is merged for the transfer and taken out again; then it completes."""
 
     def __init__(self, model, mode="colocate", fails_in_transfer=False):
         self.model, self.mode, self.fails_in_transfer = model, mode, fails_in_transfer
@@ -421,8 +422,8 @@ class FakeVllm:
         self.received = (prompts, num_generations)
         completions = [[5 + len(prompt), EOS] if i % 2 == 0 else [9] for i, prompt in enumerate(prompts)]
         log_probs = [[[-0.25] for _ in ids] for ids in completions]
-        num_answers = len(prompts) - self.num_missing
-        return prompts, completions[:num_answers], log_probs[:num_answers], None
+        num_returned = len(prompts) - self.num_missing
+        return prompts, completions[:num_returned], log_probs[:num_returned], None
 
 
 def vllm_generator(fake) -> VllmGenerator:
@@ -471,23 +472,23 @@ def test_a_transfer_cut_short_leaves_the_model_as_it_was():
         torch.testing.assert_close(model(input_ids=prompt).logits, before, atol=1e-6, rtol=0)
 
 
-def test_answers_of_vllm_are_grouped_by_question():
+def test_completions_of_vllm_are_grouped_by_prompt():
     fake = FakeVllm(opinionated_model())
-    answers = vllm_generator(fake).generate(PROMPTS, 2, seed=0)
+    completions = vllm_generator(fake).generate(PROMPTS, 2, seed=0)
     assert fake.received == ([ids for ids in PROMPTS for _ in range(2)], 2)
-    for prompt, responses in zip(PROMPTS, answers, strict=True):
-        assert responses == [Response([5 + len(prompt), EOS], -0.5, True), Response([9], -0.25, False)]
+    for prompt, of_prompt in zip(PROMPTS, completions, strict=True):
+        assert of_prompt == [Completion([5 + len(prompt), EOS], -0.5, True), Completion([9], -0.25, False)]
 
 
-def test_vllm_must_answer_everything():
+def test_vllm_must_complete_everything():
     fake = FakeVllm(opinionated_model())
     fake.num_missing = 1
-    with pytest.raises(GenerationError, match="vLLM returned 9 answers, 10 were asked for"):
+    with pytest.raises(GenerationError, match="vLLM returned 9 completions, 10 were asked for"):
         vllm_generator(fake).generate(PROMPTS, 2, seed=0)
 
 
 def test_only_a_server_is_seeded():
-    """In this process one seed would give the same answer to every copy of a question."""
+    """In this process one seed would give the same completion to every copy of a prompt."""
     server, colocated = FakeVllm(opinionated_model(), "server"), FakeVllm(opinionated_model())
     server.generation_kwargs = {"min_p": 0.0}
     for fake in (server, colocated):
@@ -505,7 +506,7 @@ def test_without_vllm_the_remedy_is_named(tmp_path, monkeypatch):
     args = refining_config(tmp_path, generator="vllm")
     with pytest.raises(ValueError, match=r"pip install tamis\[vllm\]"):
         make_generator(opinionated_model(), CPU, TOKENIZER, args, batch_size=4)
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert "vllm" in project["optional-dependencies"], "the remedy must exist"
 
 

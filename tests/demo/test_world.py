@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tamis.synthetic import LETTERS, make_world
+from tamis.demo.world import LETTERS, make_world
 
 
 def read(path):

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-SCORE_MAPS = ("bounded", "softmax")
+from tamis.config import ScoreMap
 
 # exp() of a score this far above the shift, and its square, are still far from overflow in float64.
 _MAX_SOFTMAX_EXPONENT = 200.0
@@ -21,7 +21,7 @@ class ScoreTable:
 
     ``weight_i = N * f(score_i) / sum_j f(score_j)`` with ``f`` the score map:
 
-    - ``bounded``: ``sigmoid``. A row can lose its say but not take everyone's: no weight exceeds ``1 / mean(f)``. It
+    - ``bounded``: ``sigmoid``. A row can lose its weight but not take all of it: no weight exceeds ``1 / mean(f)``. It
       is mirror descent under the Fermi-Dirac entropy, whose domain is the box (our derivation).
     - ``softmax``: ``exp``. Mirror descent under the Shannon entropy, on the simplex; collapses when a few rows have
       much lower losses than the rest.
@@ -30,9 +30,7 @@ class ScoreTable:
     float64, updated by the difference of the changed rows and recomputed exactly once every N changed rows.
     """
 
-    def __init__(self, num_examples: int, score_map: str):
-        if score_map not in SCORE_MAPS:
-            raise ValueError(f"unknown score_map {score_map!r}: choose one of {', '.join(SCORE_MAPS)}")
+    def __init__(self, num_examples: int, score_map: ScoreMap):
         self.score_map = score_map
         self.score_N = torch.zeros(num_examples, dtype=torch.float32)
         self.num_active = num_examples
@@ -73,7 +71,7 @@ class ScoreTable:
         return torch.logit(torch.sigmoid(others_N).sum() / num_others).item()
 
     def exclude(self, example_ids: Tensor) -> None:
-        """Give these rows no say for good: they do not count in the mean of the weights either."""
+        """Give these rows no weight for good: they do not count in the mean of the weights either."""
         self.score_N[example_ids] = -math.inf
         self._recompute()
 

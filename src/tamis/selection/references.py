@@ -22,37 +22,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tamis.bilevel import example_losses
+from tamis.losses import evaluation_mode, fused_losses
 
-REFERENCE_NAMES = ("zero", "base", "tracked")
 _TRACKED_ADAPTER = "tamis_tracked"
-
-
-def fused_forward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Token-mean losses (B) of a batch by a model that carries TRL's fused LM head, and all of its outputs."""
-    outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-    nll_B, _ = example_losses(outputs.log_probs, outputs.label_mask)
-    return nll_B, outputs
-
-
-def fused_losses(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The losses of `fused_forward` alone."""
-    return fused_forward(model, inputs)[0]
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no activation checkpointing (both are for training mode only), then every module as it was.
-
-    The weights and their types are not touched.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class ZeroReference:
@@ -60,16 +32,16 @@ class ZeroReference:
 
     description = "zero: the loss itself is the excess loss"
 
-    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor | None = None) -> Tensor:
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor) -> Tensor:
         """Reference losses (float32, on the CPU) of the training rows of a micro-batch.
 
         Args:
-            known_B: for rows with a generated answer the reference loss of that answer, NaN for the others.
+            known_B: for rows with a generated response the reference loss of that response, NaN for the others.
         """
         return torch.zeros(len(example_ids_B))
 
     def remember(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
-        """Take over reference losses that a scout has measured."""
+        """Take over losses of R rows by the model before training; for references that need them."""
 
     def backward(self, coefficients_B: Tensor) -> None:
         """Called once per micro-batch with the rows' coefficients in the lower level; for references that learn."""
@@ -90,42 +62,64 @@ class ZeroReference:
         """Inverse of `state_dict`."""
 
 
-class BaseReference(ZeroReference):
-    """The model before training, each row measured once (no dropout) and remembered.
+class MeasuredReference(ZeroReference):
+    """The model before training, by losses that a scout has measured: no model is kept.
+
+    Args:
+        num_examples: N.
+    """
+
+    description = "base: the model before training, measured by the scout, no second copy"
+
+    def __init__(self, num_examples: int):
+        self.loss_N = torch.full((num_examples,), math.nan, dtype=torch.float32)
+
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor) -> Tensor:
+        """See `ZeroReference`."""
+        loss_B = torch.where(known_B.isnan(), self.loss_N[example_ids_B], known_B)
+        assert not loss_B.isnan().any(), "the scout has measured every row that is trained on"
+        return loss_B
+
+    def remember(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
+        """Take over losses of R rows by the model before training."""
+        self.loss_N[example_ids_R] = loss_R
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `ZeroReference`."""
+        return {"loss_N": self.loss_N}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `ZeroReference`."""
+        self.loss_N = state["loss_N"].clone()
+
+
+class LiveReference(MeasuredReference):
+    """The model before training, each row measured when it is first seen (no dropout) and remembered.
 
     Args:
         model: the model to be trained, before its first step. A `PeftModel` is used with its adapters off; of any other
             a frozen copy is kept.
         num_examples: N.
-        keep_copy: False where a scout measures all rows before training (`remember`), so that no copy is needed.
     """
 
-    def __init__(self, model: nn.Module, num_examples: int, keep_copy: bool = True):
-        self.loss_N = torch.full((num_examples,), math.nan, dtype=torch.float32)
-        self._model: nn.Module | None = model
-        if not keep_copy:
-            self._model = None
-            self.description = "base: the model before training, measured by the scout, no second copy"
-        elif isinstance(model, PeftModel):
+    def __init__(self, model: nn.Module, num_examples: int):
+        super().__init__(num_examples)
+        self._model = model
+        if isinstance(model, PeftModel):
             self.description = "base: the model with its adapter off, no second copy"
         else:
             self._model = copy.deepcopy(model).requires_grad_(False).eval()
             self.description = "base: a frozen copy of the model (train with LoRA to do without)"
 
-    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor | None = None) -> Tensor:
-        is_known_B = torch.zeros(len(example_ids_B), dtype=torch.bool) if known_B is None else ~known_B.isnan()
-        is_new_B = self.loss_N[example_ids_B].isnan() & ~is_known_B
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor) -> Tensor:
+        """See `ZeroReference`."""
+        is_new_B = self.loss_N[example_ids_B].isnan() & known_B.isnan()
         if is_new_B.any():
-            assert self._model is not None, "the scout has measured every row that is trained on"
             rows = is_new_B.nonzero().squeeze(1).to(inputs["input_ids"].device)
             with torch.no_grad(), self._as_before_training():
                 new_losses = fused_losses(self._model, {name: tensor[rows] for name, tensor in inputs.items()})
             self.loss_N[example_ids_B[is_new_B]] = new_losses.float().cpu()
-        own_B = self.loss_N[example_ids_B]
-        return own_B if known_B is None else torch.where(is_known_B, known_B, own_B)
-
-    def remember(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
-        self.loss_N[example_ids_R] = loss_R
+        return torch.where(known_B.isnan(), self.loss_N[example_ids_B], known_B)
 
     @contextlib.contextmanager
     def _as_before_training(self) -> Iterator[None]:
@@ -134,12 +128,6 @@ class BaseReference(ZeroReference):
             return
         with evaluation_mode(self._model), self._model.disable_adapter():
             yield
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"loss_N": self.loss_N}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.loss_N = state["loss_N"].clone()
 
 
 class TrackedReference(ZeroReference):
@@ -210,19 +198,22 @@ class TrackedReference(ZeroReference):
         finally:
             del vars(self._model)["save_pretrained"]
 
-    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor | None = None) -> Tensor:
+    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor) -> Tensor:
+        """See `ZeroReference`."""
         with self._active():
             self._model.train()
             self._nll_B = fused_losses(self._model, inputs)
         return self._nll_B.detach().float().cpu()
 
     def backward(self, coefficients_B: Tensor) -> None:
+        """See `ZeroReference`."""
         assert self._nll_B is not None, "losses() comes first"
         with self._active():
             (coefficients_B.to(self._nll_B.device) * self._nll_B).sum().backward()
         self._nll_B = None
 
     def step(self, learning_rate: float) -> None:
+        """See `ZeroReference`."""
         for parameter in self.parameters:
             if parameter.grad is None:  # this rank had no training rows in the step, but another may wait for it
                 parameter.grad = torch.zeros_like(parameter)
@@ -234,6 +225,7 @@ class TrackedReference(ZeroReference):
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """See `ZeroReference`."""
         state = {}
         for i, parameter in enumerate(self.parameters):
             state[f"parameter.{i}"] = parameter.detach().cpu()
@@ -242,6 +234,7 @@ class TrackedReference(ZeroReference):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `ZeroReference`."""
         for i, parameter in enumerate(self.parameters):
             parameter.data.copy_(state[f"parameter.{i}"])
             moments = ("step", "exp_avg", "exp_avg_sq")
@@ -257,12 +250,18 @@ def make_reference(
     model: nn.Module,
     num_examples: int,
     *,
-    keep_copy: bool = True,
+    is_measured: bool = False,
     reduce_gradient: Callable[[Tensor], None] = lambda gradient: None,
 ) -> ZeroReference:
-    """The reference called ``name`` for ``model`` as it is before its first step; see the table above."""
+    """The reference called ``name`` for ``model`` as it is before its first step; see the table above.
+
+    Args:
+        num_examples: N.
+        is_measured: a scout measures all rows before training, so that no model is needed for ``base``.
+        reduce_gradient: see `TrackedReference`.
+    """
     if name == "base":
-        return BaseReference(model, num_examples, keep_copy)
+        return MeasuredReference(num_examples) if is_measured else LiveReference(model, num_examples)
     if name == "tracked":
         return TrackedReference(model, reduce_gradient)
     assert name == "zero", name

@@ -24,9 +24,11 @@ from conftest import (
     token_ids,
     weighted_step,
 )
+from scripted import ScriptedGenerator
 
-from tamis.generation import GenerationError, SamplingSettings, ScriptedGenerator, TransformersGenerator
 from tamis.recorder import last_complete_checkpoint
+from tamis.refining.generation import GenerationError, SamplingSettings, TransformersGenerator
+from tamis.stream import as_row
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -35,16 +37,16 @@ REFINING = {"refine_fraction": 0.5, "refine_start": 0, "refine_every": 2, "num_g
 
 
 class Script:
-    """Stands in for the generator of a trainer: answers by text, counts its calls, and fails where it is told to."""
+    """Stands in for the generator of a trainer: completions by text, calls counted, failures where it is told to."""
 
-    def __init__(self, answer, fails_at=0, error=None):
-        self.answer, self.fails_at, self.error, self.num_calls = answer, fails_at, error, 0
+    def __init__(self, completion, fails_at=0, error=None):
+        self.completion, self.fails_at, self.error, self.num_calls = completion, fails_at, error, 0
 
     def make(self, model, accelerator, processing_class, args, batch_size):
         self.settings = SamplingSettings(args.generation_temperature, args.generation_top_p, args.max_new_tokens)
 
         def script(prompt, j):
-            return token_ids(self.answer(processing_class.decode(prompt).replace(" ", ""), j, self.num_calls))
+            return token_ids(self.completion(processing_class.decode(prompt).replace(" ", ""), j, self.num_calls))
 
         self.scripted = ScriptedGenerator(model, script, self.settings, processing_class.eos_token_id)
         return self
@@ -53,31 +55,31 @@ class Script:
         self.num_calls += 1
         if self.num_calls == self.fails_at and self.error:
             raise self.error
-        answers = self.scripted.generate(prompts, num_generations, seed)
-        return answers[:-1] if self.num_calls == self.fails_at else answers
+        completions = self.scripted.generate(prompts, num_generations, seed)
+        return completions[:-1] if self.num_calls == self.fails_at else completions
 
 
-def letters(question: str, j: int, call: int) -> str:
-    """Of unlike length for each answer; the same at every call."""
-    return "pqrst"[j] * (1 + (j + len(question)) % 3) + "."
+def letters(prompt: str, j: int, call: int) -> str:
+    """Of unlike length for each completion; the same at every call."""
+    return "pqrst"[j] * (1 + (j + len(prompt)) % 3) + "."
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """Give all trainers that are made from now on these answers."""
+    """Give all trainers that are made from now on these completions."""
 
-    def use(answer=letters, **failure) -> Script:
-        generator = Script(answer, **failure)
-        monkeypatch.setattr("tamis.refine.make_generator", generator.make)
+    def use(completion=letters, **failure) -> Script:
+        generator = Script(completion, **failure)
+        monkeypatch.setattr("tamis.weighting.make_generator", generator.make)
         return generator
 
     return use
 
 
 @pytest.fixture(scope="session")
-def answering_model(tmp_path_factory) -> str:
-    """The tiny model with a head that is not flat; letters close its answers, so that most of them end."""
-    path = tmp_path_factory.mktemp("answering_model")
+def talkative_model(tmp_path_factory) -> str:
+    """The tiny model with a head that is not flat; letters close its completions, so that most of them end."""
+    path = tmp_path_factory.mktemp("talkative_model")
     model = tiny_model(TOKENIZER)
     model.lm_head.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     model.generation_config.eos_token_id = [EOS, *token_ids("abcdefghijklmn")]
@@ -88,7 +90,7 @@ def answering_model(tmp_path_factory) -> str:
 
 @pytest.fixture
 def generated(monkeypatch):
-    """How many questions each call of the real generator answered."""
+    """How many prompts each call of the real generator completed."""
     calls, generate = [], TransformersGenerator.generate
 
     def counted(self, prompts, num_generations, seed):
@@ -100,15 +102,19 @@ def generated(monkeypatch):
 
 
 def spy_on_steps(trainer) -> list[dict]:
-    """What every micro-batch holds when its loss is computed, and the answers that the buffer has at that time."""
+    """What every micro-batch holds when its loss is computed, and which rows are refined at that time."""
     seen, compute_loss = [], trainer.compute_loss
 
     def spy(model, inputs, *args, **kwargs):
-        if "example_ids" in inputs:
+        if "rows" in inputs:
+            mask_BT = inputs["attention_mask"].bool()
             seen.append(
-                {name: copy.copy(inputs[name]) for name in ("example_ids", "answers", "num_tokens")}
-                | {"step": trainer.state.global_step, "questions": copy.deepcopy(trainer.refiner.buffer.questions)}
-                | {"rows": [row[mask.bool()].tolist() for row, mask in trimmed(inputs)]}
+                {
+                    "step": trainer.state.global_step,
+                    "rows": inputs["rows"],
+                    "token_ids": [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], mask_BT, strict=True)],
+                    "refined": copy.deepcopy(trainer.weighting.refiner.buffer.rows),
+                }
             )
         return compute_loss(model, inputs, *args, **kwargs)
 
@@ -116,18 +122,13 @@ def spy_on_steps(trainer) -> list[dict]:
     return seen
 
 
-def trimmed(inputs):
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    return list(zip(inputs["input_ids"], mask, strict=True))
-
-
 # --- a step is what it says it is -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("reduction", ["example", "token"])
-def test_every_generated_answer_is_multiplied_by_its_own_coefficient(bilevel, script, reduction, accumulation):
-    """Weight of the question, times response weight now over response weight when the answer was drawn."""
+def test_every_generated_response_is_multiplied_by_its_coefficient(bilevel, script, reduction, accumulation):
+    """Weight of the row, times response weight now over response weight when the response was drawn."""
     script()
     weights, tau = [0.5, 2.0, 0.0, 1.0, 3.0, 1.5], 0.5
     train = [row | {"weight": weight} for row, weight in zip(pairs(6, 8), weights, strict=True)]
@@ -141,18 +142,18 @@ def test_every_generated_answer_is_multiplied_by_its_own_coefficient(bilevel, sc
         callbacks=[recorder],
         **REFINING | weighted_step(reduction, accumulation),
     )
-    refresh, when_drawn, chosen = trainer._refresh, {}, {}
+    refresh, when_drawn, chosen = trainer.weighting._refresh, {}, {}
 
-    def refresh_and_age(refiner):
-        """As if other weights had seen the answers last."""
-        refresh(refiner)
-        for question in refiner.buffer.questions.values():
-            for change, answer in zip([0.5, -0.3, 0.2], question.answers, strict=True):
-                answer.log_prob += change * len(answer.token_ids)
-        when_drawn.update(copy.deepcopy(refiner.buffer.questions))
-        chosen.update({i: refiner.buffer.choose(i, 0) for i in when_drawn})
+    def refresh_and_age(refiner, step):
+        """As if other weights had seen the responses last."""
+        refresh(refiner, step)
+        for refined in refiner.buffer.rows.values():
+            for change, response in zip([0.5, -0.3, 0.2], refined.responses, strict=True):
+                response.log_prob += change * len(response.token_ids)
+        when_drawn.update(copy.deepcopy(refiner.buffer.rows))
+        chosen.update({i: refiner.buffer.choose(i, step) for i in when_drawn})
 
-    trainer._refresh = refresh_and_age
+    trainer.weighting._refresh = refresh_and_age
     loss = trainer.train().training_loss
     assert sorted(when_drawn) == [0, 2, 3], "those with the lowest weights"
 
@@ -161,16 +162,14 @@ def test_every_generated_answer_is_multiplied_by_its_own_coefficient(bilevel, sc
         i = row["example_id"]
         importance.append(weights[i] / (8 / 6))
         if i in when_drawn:
-            answers, j = when_drawn[i].answers, chosen[i]
-            question = token_ids(train[i]["prompt"])
-            row = {"input_ids": question + answers[j].token_ids}
-            row["labels"] = [-100] * len(question) + answers[j].token_ids
+            responses, j = when_drawn[i].responses, chosen[i]
+            row = as_row(token_ids(train[i]["prompt"]), responses[j].token_ids)
             exponents = torch.tensor(
-                [(a.log_prob / tau - a.sampling_log_prob) / len(a.token_ids) for a in answers], dtype=torch.float64
+                [(r.log_prob / tau - r.sampling_log_prob) / len(r.token_ids) for r in responses], dtype=torch.float64
             )
             drawn = exponents.softmax(0)[j]
             present = -plain_loss(trainer.model, **row).item()
-            exponents[j] = present / tau - answers[j].sampling_log_prob / len(answers[j].token_ids)
+            exponents[j] = present / tau - responses[j].sampling_log_prob / len(responses[j].token_ids)
             importance[-1] = (exponents.softmax(0)[j] / drawn).item()
             assert abs(importance[-1] - 1) > 0.05
         rows.append(row)
@@ -192,10 +191,10 @@ def test_every_generated_answer_is_multiplied_by_its_own_coefficient(bilevel, sc
         )
     assert loss == pytest.approx(expected_loss, abs=1e-6)
     assert_close(recorder.steps[0], expected)
-    for i, question in trainer.refiner.buffer.questions.items():
-        for j, (answer, before) in enumerate(zip(question.answers, when_drawn[i].answers, strict=True)):
-            present = answer.old_log_prob if j == chosen[i] else before.log_prob  # the model is as it was
-            assert answer.log_prob == pytest.approx(present, abs=1e-4), "only what was seen is known anew"
+    for i, refined in trainer.weighting.refiner.buffer.rows.items():
+        for j, (response, before) in enumerate(zip(refined.responses, when_drawn[i].responses, strict=True)):
+            present = response.old_log_prob if j == chosen[i] else before.log_prob  # the model is as it was
+            assert response.log_prob == pytest.approx(present, abs=1e-4), "only what was seen is known anew"
 
 
 def test_batch_times_accumulation_is_all_that_counts(bilevel, script):
@@ -217,12 +216,15 @@ def test_batch_times_accumulation_is_all_that_counts(bilevel, script):
     actual, expected = runs
     assert actual.state.global_step == expected.state.global_step == 4
     assert_close(parameters(actual.model), parameters(expected.model), atol=2e-6)
-    torch.testing.assert_close(actual.refiner.own_scores(), expected.refiner.own_scores(), atol=1e-3, rtol=0)
-    torch.testing.assert_close(actual.selector.all_weights(), expected.selector.all_weights(), atol=1e-3, rtol=0)
-    assert list(actual.refiner.buffer.questions) == list(expected.refiner.buffer.questions)
-    for i, question in actual.refiner.buffer.questions.items():
-        for answer, other in zip(question.answers, expected.refiner.buffer.questions[i].answers, strict=True):
-            assert answer.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+    actual, expected = actual.weighting, expected.weighting
+    scores, expected_scores = actual.refiner.original_scores(), expected.refiner.original_scores()
+    torch.testing.assert_close(scores, expected_scores, atol=1e-3, rtol=0)
+    weights, expected_weights = actual.row_weights.all_weights(), expected.row_weights.all_weights()
+    torch.testing.assert_close(weights, expected_weights, atol=1e-3, rtol=0)
+    assert list(actual.refiner.buffer.rows) == list(expected.refiner.buffer.rows)
+    for i, refined in actual.refiner.buffer.rows.items():
+        for response, other in zip(refined.responses, expected.refiner.buffer.rows[i].responses, strict=True):
+            assert response.log_prob == pytest.approx(other.log_prob, abs=1e-4)
 
 
 def training_forwards(trainer) -> list[int]:
@@ -238,7 +240,7 @@ def training_forwards(trainer) -> list[int]:
 
 
 def test_a_step_costs_what_it_costs_without_refining(bilevel, script):
-    """One forward over one row for each question, however many answers it has."""
+    """One forward with each row once, however many responses it has."""
     script()
     counts = []
     for settings in ({}, REFINING | {"num_generations": 5, "refine_fraction": 1.0}):
@@ -246,13 +248,13 @@ def test_a_step_costs_what_it_costs_without_refining(bilevel, script):
         counts.append(training_forwards(trainer))
         trainer.train()
     assert counts[0] == counts[1] == [8] * 4
-    assert all(len(question.answers) == 5 for question in trainer.refiner.buffer.questions.values())
+    assert all(len(refined.responses) == 5 for refined in trainer.weighting.refiner.buffer.rows.values())
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_step_after_a_refresh_trains_on_the_new_answers(bilevel, script, num_workers):
-    """Batches are fetched ahead of the steps, by other processes at times: none comes with answers of before."""
-    generator = script(lambda question, j, call: "_uvwxyz"[call] + letters(question, j, call))
+def test_the_step_after_a_refresh_trains_on_the_new_responses(bilevel, script, num_workers):
+    """Batches may be fetched ahead of the steps: none comes with responses of before the refresh."""
+    generator = script(lambda prompt, j, call: "_uvwxyz"[call] + letters(prompt, j, call))
     trainer = bilevel(
         TRAIN,
         TRUSTED,
@@ -266,36 +268,39 @@ def test_the_step_after_a_refresh_trains_on_the_new_answers(bilevel, script, num
     trainer.train()
     assert generator.num_calls == 3 and [batch["step"] for batch in seen] == list(range(6))
     num_refined = [0] * 6
+    trusted = {tuple(token_ids(row["prompt"] + row["completion"] + ".")) for row in TRUSTED}
     for batch in seen:
-        letter = token_ids("uvwxyz"[batch["step"] // 2])[0]
-        for i, chosen, row in zip(batch["example_ids"], batch["answers"], batch["rows"], strict=False):
-            question = token_ids(TRAIN[i]["prompt"])
-            if i in batch["questions"]:
+        letter, rows, num_tokens = token_ids("uvwxyz"[batch["step"] // 2])[0], batch["rows"], []
+        training, validation = batch["token_ids"][: rows.num_training], batch["token_ids"][rows.num_training :]
+        for i, chosen, row in zip(rows.training_ids, rows.responses_L.tolist(), training, strict=True):
+            prompt = token_ids(TRAIN[i]["prompt"])
+            num_tokens.append(len(row) - len(prompt))
+            if i in batch["refined"]:
                 num_refined[batch["step"]] += 1
-                assert (
-                    row == question + batch["questions"][i].answers[chosen].token_ids and row[len(question)] == letter
-                )
+                assert row == prompt + batch["refined"][i].responses[chosen].token_ids and row[len(prompt)] == letter
             else:
-                assert chosen == -1 and row == question + token_ids(TRAIN[i]["completion"] + ".")
-        num_tokens = [
-            len(row) - len(token_ids(TRAIN[i]["prompt"]))
-            for i, row in zip(batch["example_ids"], batch["rows"], strict=False)
-        ]
-        assert batch["num_tokens"][: len(num_tokens)] == num_tokens
-        trusted = {tuple(token_ids(row["prompt"] + row["completion"] + ".")) for row in TRUSTED}
-        assert {tuple(row) for row in batch["rows"][len(num_tokens) :]} == trusted
+                assert chosen == -1 and row == prompt + token_ids(TRAIN[i]["completion"] + ".")
+        assert rows.num_tokens_B[: rows.num_training].tolist() == num_tokens
+        assert {tuple(row) for row in validation} == trusted
     assert sum(num_refined[::2]) >= 3 and sum(num_refined) == 12, "half of the rows of two epochs"
 
 
-def test_answers_follow_the_model(bilevel, answering_model, generated):
+def test_completions_follow_the_model(bilevel, talkative_model, generated):
     """The generator is the model in training: what it writes after some steps is not what it wrote before."""
-    trainer = bilevel(TRAIN, TRUSTED, model=answering_model, max_steps=4, learning_rate=3e-2, **REFINING)
-    reported, refresh = [], trainer._refresh
-    trainer._refresh = lambda refiner: (refresh(refiner), reported.append(copy.deepcopy(refiner.buffer.questions)))
+    trainer = bilevel(TRAIN, TRUSTED, model=talkative_model, max_steps=4, learning_rate=3e-2, **REFINING)
+    reported, refresh = [], trainer.weighting._refresh
+
+    def refresh_and_report(refiner, step):
+        refresh(refiner, step)
+        reported.append(copy.deepcopy(refiner.buffer.rows))
+
+    trainer.weighting._refresh = refresh_and_report
     trainer.train()
     assert generated == [6, 6] and len(reported) == 2
     both = [(reported[0][i], reported[1][i]) for i in reported[0].keys() & reported[1].keys()]
-    assert both and all(first.answers != second.answers for first, second in both)
+    assert both and all(
+        [r.token_ids for r in first.responses] != [r.token_ids for r in second.responses] for first, second in both
+    )
 
 
 @pytest.mark.parametrize(
@@ -318,41 +323,46 @@ def test_answers_follow_the_model(bilevel, answering_model, generated):
     ],
     ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()) or "default",
 )
-def test_every_selector_and_reference_can_refine(bilevel, answering_model, generated, tmp_path, settings):
+def test_every_selector_and_reference_can_refine(bilevel, talkative_model, generated, tmp_path, settings):
     settings = REFINING | {"max_steps": 3, "refine_every": 2, "learning_rate": 1e-2} | settings
     peft_config = lora(lora_dropout=0.2) if settings.pop("peft_config", False) else None
     train = [row | {"weight": float(i)} for i, row in enumerate(TRAIN)]
-    trainer = bilevel(train, TRUSTED, model=answering_model, peft_config=peft_config, **settings)
+    trainer = bilevel(train, TRUSTED, model=talkative_model, peft_config=peft_config, **settings)
     before = parameters(trainer.model)
     trainer.train()
-    num_questions = round(settings["refine_fraction"] * 12)
-    assert generated == [num_questions] * 2
+    num_rows = round(settings["refine_fraction"] * 12)
+    assert generated == [num_rows] * 2
     assert trainer.model.training
     assert all(p.isfinite().all() for p in parameters(trainer.model).values())
     moved = [n for n, p in parameters(trainer.model).items() if not torch.equal(p, before[n])]
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert set(trained) <= set(moved) and (peft_config is None or all("lora" in name for name in moved))
-    weights = trainer.selector.all_weights()
+    weights = trainer.weighting.row_weights.all_weights()
     assert weights.isfinite().all() and (weights >= 0).all()
-    refined = trainer.refiner.buffer.questions
-    assert len(refined) >= 0.6 * num_questions
-    assert all(answer.log_prob < 0 for question in refined.values() for answer in question.answers)
+    refined = trainer.weighting.refiner.buffer.rows
+    assert len(refined) >= 0.6 * num_rows
+    assert all(response.log_prob < 0 for row in refined.values() for response in row.responses)
     lines = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert [math.isfinite(line["loss"]) for line in lines] == [True] * 3
-    assert [line.get("refine/num_questions") is not None for line in lines] == [True, False, True]
+    assert [line.get("refine/num_rows") is not None for line in lines] == [True, False, True]
     assert all(("ratio_ess" in line) == bool(refined) for line in lines)
     assert lines[2]["refine/logprob_drift"] < 0.01
 
 
-# --- excess losses of generated answers -------------------------------------------------------------------------------
+# --- excess losses of generated responses -----------------------------------------------------------------------------
 
 
-def test_a_generated_answer_is_compared_with_the_base_model_on_that_answer(bilevel, script):
-    """Nothing has been learned yet (learning rate 0): no answer, own or new, has an excess over the base model."""
+def test_a_generated_response_is_compared_with_the_base_model_on_that_response(bilevel, script):
+    """Nothing is learned (learning rate 0): no response, original or new, has an excess over the base model."""
     script()
     trainer = bilevel(TRAIN, TRUSTED, scout_ratio=0.0, max_steps=3, learning_rate=0.0, **REFINING)
-    updates, update = [], trainer.selector.update
-    trainer.selector.update = lambda ids, losses, excess: (updates.append((ids, excess)), update(ids, losses, excess))
+    updates, update = [], trainer.weighting.row_weights.update
+
+    def spy(ids, losses, excess):
+        updates.append((ids, excess))
+        update(ids, losses, excess)
+
+    trainer.weighting.row_weights.update = spy
     trainer.train()
     assert sum(len(ids) for ids, _ in updates) == 12
     for _, excess in updates:
@@ -360,7 +370,7 @@ def test_a_generated_answer_is_compared_with_the_base_model_on_that_answer(bilev
 
 
 @pytest.mark.parametrize("is_lora", [False, True])
-def test_reference_losses_of_own_answers_stay_those_of_own_answers(bilevel, script, is_lora):
+def test_reference_losses_of_original_responses_stay_theirs(bilevel, script, is_lora):
     script()
     trainer = bilevel(
         TRAIN,
@@ -371,70 +381,73 @@ def test_reference_losses_of_own_answers_stay_those_of_own_answers(bilevel, scri
         learning_rate=1e-2,
         **REFINING,
     )
-    own = [plain_loss(trainer.model, row["input_ids"], row["labels"]).item() for row in trainer.train_dataset]
-    own = dict(zip(trainer.train_dataset["example_id"], own, strict=True))
+    original = {
+        row["example_id"]: plain_loss(trainer.model, row["input_ids"], row["labels"]).item()
+        for row in trainer.train_dataset
+    }
     base = tiny_model(TOKENIZER)
     trainer.train()
-    measured = trainer.reference.loss_N
+    measured = trainer.weighting.reference.loss_N
     assert 0 < measured.isnan().sum() < 12, "those that were refined from the start have not been measured"
     for i, loss in enumerate(measured.tolist()):
-        assert math.isnan(loss) or loss == pytest.approx(own[i], abs=1e-5)
-    for i, question in trainer.refiner.buffer.questions.items():
-        for answer in question.answers:
-            prompt = trainer.refiner.question(i)
-            row = (prompt + answer.token_ids, [-100] * len(prompt) + answer.token_ids)
-            assert answer.reference_loss == pytest.approx(plain_loss(base, *row).item(), abs=1e-5)
+        assert math.isnan(loss) or loss == pytest.approx(original[i], abs=1e-5)
+    for i, refined in trainer.weighting.refiner.buffer.rows.items():
+        for response in refined.responses:
+            row = as_row(token_ids(TRAIN[i]["prompt"]), response.token_ids)
+            assert response.reference_loss == pytest.approx(plain_loss(base, **row).item(), abs=1e-5)
 
 
-def test_scores_of_own_answers_stay_those_that_the_scout_gave(bilevel, script, tmp_path):
+def test_scores_of_original_responses_stay_those_that_the_scout_gave(bilevel, script, tmp_path):
     script()
     trainer = bilevel(TRAIN, TRUSTED, max_steps=4, learning_rate=1e-2, **REFINING)
-    judged, judge = [], trainer.selector.judge
-    trainer.selector.judge = lambda *evidence: (judge(*evidence), judged.append(trainer.selector.table.score_N.clone()))
+    row_weights = trainer.weighting.row_weights
+    scores, score_rows = [], row_weights.score_rows
+
+    def spy(*losses):
+        score_rows(*losses)
+        scores.append(row_weights.all_scores())
+
+    row_weights.score_rows = spy
     trainer.train()
     table = pq.read_table(tmp_path / "run" / "weights.parquet").to_pydict()
-    assert table["score"] == judged[0].tolist() and sum(table["refined"]) == 6
-    assert not torch.equal(trainer.selector.table.score_N, judged[0]), "the new answers have scores of their own"
+    assert len(scores) == 1 and table["score"] == scores[0].tolist() and sum(table["refined"]) == 6
+    assert not torch.equal(row_weights.all_scores(), scores[0]), "the new responses have scores of their own"
 
 
 def test_trusted_rows_are_the_same_where_some_were_left_out(bilevel, script):
-    """Batches name trusted rows by their place in the user's data, of which the prepared ones may be fewer."""
+    """Their ids are places in the user's data, of which the prepared rows may be fewer."""
     script()
     too_long = {"prompt": "x" * 60, "completion": "a"}
-    trained = []
+    expected = sorted(token_ids(row["prompt"] + row["completion"] + ".") for row in TRUSTED)
     for trusted in (TRUSTED, [too_long, *TRUSTED, too_long]):
         trainer = bilevel(TRAIN, trusted, max_steps=2, max_length=40, per_device_validation_batch_size=4, **REFINING)
-        rewrite, upper = trainer.data_collator, []
-        trainer.data_collator = lambda rows, rewrite=rewrite, upper=upper: (
-            upper.append(sorted(tuple(row["input_ids"]) for row in rows if row.get("example_id", 0) < 0)),
-            rewrite(rows),
-        )[1]
+        seen = spy_on_steps(trainer)
         trainer.train()
-        trained.append(upper)
-    whole = {tuple(row) for row in trained[0][-1]}
-    assert len(whole) == len(TRUSTED) == 4
-    assert all(set(upper) == whole for upper in trained[1] if upper)
+        assert len(seen) == 2
+        for batch in seen:
+            assert sorted(batch["token_ids"][batch["rows"].num_training :]) == expected
 
 
 # --- what is written down ---------------------------------------------------------------------------------------------
 
 
-def test_weights_are_those_of_own_answers(bilevel, script, tmp_path):
+def test_weights_are_those_of_original_responses(bilevel, script, tmp_path):
     script()
     settings = REFINING | {"refine_start": 3, "refine_policy": "random", "max_steps": 6, "learning_rate": 1e-2}
     trainer = bilevel(TRAIN, TRUSTED, scout_ratio=0.0, **settings)
     trainer.train()
     table = pq.read_table(tmp_path / "run" / "weights.parquet").to_pydict()
-    refined = trainer.refiner.buffer.questions
+    weighting = trainer.weighting
+    row_weights, refined = weighting.row_weights, weighting.refiner.buffer.rows
     assert [i for i, is_refined in enumerate(table["refined"]) if is_refined] == list(refined) and len(refined) == 6
-    own = torch.tensor([question.own_score for question in refined.values()])
-    assert [table["score"][i] for i in refined] == pytest.approx(own.tolist())
-    expected = trainer.selector.weights_of(trainer.refiner.own_scores())
-    assert table["weight"] == pytest.approx((expected / expected.mean()).tolist()), "mean one over own answers"
+    original = torch.tensor([row.original_score for row in refined.values()])
+    assert [table["score"][i] for i in refined] == pytest.approx(original.tolist())
+    expected = row_weights.weights_of(weighting.refiner.original_scores())
+    assert table["weight"] == pytest.approx((expected / expected.mean()).tolist()), "mean one over original responses"
     others = [i for i in range(12) if i not in refined]
-    assert [table["score"][i] for i in others] == trainer.selector.scores(torch.tensor(others)).tolist()
-    committed = trainer.selector.scores(torch.tensor(list(refined)))
-    assert own.std() > 0.1 and (committed - own).abs().min() > 1e-4, "the score it trains with is another"
+    assert [table["score"][i] for i in others] == row_weights.scores(torch.tensor(others)).tolist()
+    committed = row_weights.scores(torch.tensor(list(refined)))
+    assert original.std() > 0.1 and (committed - original).abs().min() > 1e-4, "the score it trains with is another"
 
 
 STATUSES = {"": "empty", "uv.": "usable", "uvw": "unfinished", "x" * 20 + ".": "too long", "w.": "usable"}
@@ -445,8 +458,8 @@ def refinements(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("form", ["text", "chat"])
-def test_refinements_hold_questions_answers_and_what_they_count(bilevel, script, tmp_path, form):
-    script(lambda question, j, call: list(STATUSES)[j])
+def test_refinements_hold_prompts_responses_and_what_they_count(bilevel, script, tmp_path, form):
+    script(lambda prompt, j, call: list(STATUSES)[j])
     rows = [row | {"source": "a.jsonl", "row": 10 + i} for i, row in enumerate(TRAIN)]
     if form == "chat":
         for row in rows:
@@ -455,10 +468,10 @@ def test_refinements_hold_questions_answers_and_what_they_count(bilevel, script,
     settings = REFINING | {"num_generations": 5, "max_steps": 4, "max_length": {"text": 20, "chat": 36}[form]}
     bilevel(rows, TRUSTED if form == "text" else chat(TRUSTED), **settings).train()
     table = pq.read_table(tmp_path / "run" / "refinements.parquet")
-    assert table.schema.metadata[b"tamis_format_version"] == b"1"
+    assert table.schema.metadata[b"tamis_format_version"] == b"2"
     records = table.to_pylist()
     assert [record["step"] for record in records] == [0] * 6 + [2] * 6
-    own = pq.read_table(tmp_path / "run" / "weights.parquet").to_pylist()
+    final = pq.read_table(tmp_path / "run" / "weights.parquet").to_pylist()
     for record in records:
         i = record["example_id"]
         assert (record["source"], record["row"]) == ("a.jsonl", 10 + i)
@@ -472,8 +485,8 @@ def test_refinements_hold_questions_answers_and_what_they_count(bilevel, script,
         assert sum(usable) == pytest.approx(1) == pytest.approx(sum(record["response_weights"]))
         assert all(weight > 0 for weight in usable) and record["is_refined"]
         assert all(log_prob < 0 for log_prob in record["log_probs"][1:]) and record["log_probs"][0] == 0
-    # Weights of a refresh are by its mean, those of the other table by the mean over own answers.
-    ratios = [record["own_weight"] / own[record["example_id"]]["weight"] for record in records if record["step"] == 2]
+    # Weights of a refresh are by its mean, those of the other table by the mean over original responses.
+    ratios = [row["original_weight"] / final[row["example_id"]]["weight"] for row in records if row["step"] == 2]
     assert ratios == pytest.approx([ratios[0]] * 6, rel=1e-4)
 
 
@@ -508,7 +521,7 @@ def test_a_new_run_in_an_old_folder_begins_a_new_file(bilevel, script, tmp_path)
 
 
 @pytest.fixture
-def run(bilevel, answering_model, tmp_path):
+def run(bilevel, talkative_model, tmp_path):
     """Make a trainer with its own folder; killed in a step, it leaves the checkpoint of the step before."""
 
     def make(name, *, kill=None, **settings):
@@ -517,7 +530,7 @@ def run(bilevel, answering_model, tmp_path):
             settings["peft_config"] = lora(lora_dropout=0.3)
         if kill:
             settings = {"save_strategy": "steps", "save_steps": kill - 1, "callbacks": [Kill(kill)]} | settings
-        return bilevel(TRAIN, TRUSTED, model=answering_model, **settings)
+        return bilevel(TRAIN, TRUSTED, model=talkative_model, **settings)
 
     return make
 
@@ -529,11 +542,11 @@ def timeless(folder) -> list[dict]:
 
 
 def assert_same_state(actual, expected) -> None:
-    for part in ("selector", "reference", "refiner"):
-        first, second = getattr(actual, part).state_dict(), getattr(expected, part).state_dict()
-        assert first.keys() == second.keys()
-        for name, tensor in first.items():
-            assert torch.equal(tensor.nan_to_num(-1), second[name].nan_to_num(-1)), f"{part}: {name}"
+    first, second = actual.weighting.state_dict(), expected.weighting.state_dict()
+    assert first.keys() == second.keys()
+    assert {name.split(".")[0] for name in first} >= {"row_weights", "refiner"}
+    for name, tensor in first.items():
+        assert torch.equal(tensor.nan_to_num(-1), second[name].nan_to_num(-1)), name
 
 
 # Three steps make an epoch and two lie between refreshes: one is due at step 2, none at step 3.
@@ -591,16 +604,16 @@ def test_refinements_of_steps_that_run_again_are_replaced(run, tmp_path):
     table = pq.read_table(path)
     assert table["step"].to_pylist() == [0] * 6 + [2] * 6 + [4] * 6
     marked = pa.array([-1.0] * 18)
-    pq.write_table(table.set_column(table.schema.get_field_index("own_weight"), "own_weight", marked), path)
+    pq.write_table(table.set_column(table.schema.get_field_index("original_weight"), "original_weight", marked), path)
     run("cut", scout_ratio=0.0).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-1"))
     again = pq.read_table(path)
     assert again["step"].to_pylist() == table["step"].to_pylist()
-    assert [weight == -1 for weight in again["own_weight"].to_pylist()] == [True] * 6 + [False] * 12
+    assert [weight == -1 for weight in again["original_weight"].to_pylist()] == [True] * 6 + [False] * 12
 
 
 @pytest.mark.parametrize("is_on_first", [True, False])
 def test_refining_cannot_be_switched_on_resuming(run, is_on_first):
-    """The scores of refined questions are those of their new answers: without these they would be wrong weights."""
+    """The scores of refined rows are those of their new responses: without these they would be wrong weights."""
     on, off = {"scout_ratio": 0.0}, {"scout_ratio": 0.0, "refine_fraction": 0.0}
     first, second = (on, off) if is_on_first else (off, on)
     with pytest.raises(Killed):
@@ -620,13 +633,13 @@ def test_resuming_needs_the_scout(run, tmp_path):
 
 
 def test_a_scout_of_another_model_is_refused(run, tmp_path):
-    full, adapter = run("full"), run("lora", peft_config=True)
-    full.scout.parameters = full.scout.base_parameters
-    full.scout.save(tmp_path / "scout.safetensors")
-    full.scout.load(tmp_path / "scout.safetensors")
-    assert_close(full.scout.parameters, full.scout.base_parameters, atol=0)
+    full, adapter = run("full").weighting.scout, run("lora", peft_config=True).weighting.scout
+    full.parameters = full.base_parameters
+    full.save(tmp_path / "scout.safetensors")
+    full.load(tmp_path / "scout.safetensors")
+    assert_close(full.parameters, full.base_parameters, atol=0)
     with pytest.raises(ValueError, match=r"scout.safetensors belongs to another model"):
-        adapter.scout.load(tmp_path / "scout.safetensors")
+        adapter.load(tmp_path / "scout.safetensors")
 
 
 def test_without_scouting_there_is_no_scout_to_keep(run, tmp_path):
@@ -639,7 +652,7 @@ def test_without_scouting_there_is_no_scout_to_keep(run, tmp_path):
 FAILURES = {
     "its own error": GenerationError("the generator has no memory left"),
     "connection lost": ConnectionError("the server is gone"),
-    "too few answers": None,
+    "too few completions": None,
 }
 
 
@@ -647,8 +660,11 @@ FAILURES = {
 def test_a_failure_stops_with_a_checkpoint_and_a_remedy(bilevel, script, tmp_path, name):
     script(fails_at=2, error=FAILURES[name])
     trainer = bilevel(TRAIN, TRUSTED, max_steps=4, scout_ratio=0.0, **REFINING)
-    remedy = r"checkpoint-2: go on with --resume_from_checkpoint last, or with --refine_on_error continue"
-    with pytest.raises(GenerationError, match=remedy):
+    remedies = (
+        r"; --refine_on_error continue goes on without new responses\. "
+        r"Stopped after saving checkpoint-2: go on with --resume_from_checkpoint last$"
+    )
+    with pytest.raises(GenerationError, match=remedies):
         trainer.train()
     assert trainer.state.global_step == 2
     assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
@@ -674,37 +690,37 @@ def test_a_run_that_stopped_goes_on_as_if_nothing_had_happened(bilevel, script, 
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_is_said_and_training_goes_on(bilevel, script, caplog, tmp_path, name):
-    """With the answers there are, until the next refresh."""
+    """With the responses there are, until the next refresh."""
     generator = script(
-        lambda question, j, call: "_uvw"[call] + letters(question, j, call), fails_at=2, error=FAILURES[name]
+        lambda prompt, j, call: "_uvw"[call] + letters(prompt, j, call), fails_at=2, error=FAILURES[name]
     )
     trainer = bilevel(TRAIN, TRUSTED, max_steps=6, refine_on_error="continue", scout_ratio=0.0, **REFINING)
     seen = spy_on_steps(trainer)
     with caplog.at_level(logging.WARNING, logger="tamis"):
         trainer.train()
-    warnings = [record.message for record in caplog.records if "no new answers" in record.message]
+    warnings = [record.message for record in caplog.records if "no new responses" in record.message]
     assert len(warnings) == 1 and warnings[0].startswith("step 2: ")
     assert generator.num_calls == 3 and trainer.state.global_step == 6
     for batch in seen:
-        for question in batch["questions"].values():
-            assert question.step == {0: 0, 1: 0, 2: 0, 3: 0, 4: 4, 5: 4}[batch["step"]]
+        assert len(batch["refined"]) == 6
+        for refined in batch["refined"].values():
+            assert refined.step == {0: 0, 1: 0, 2: 0, 3: 0, 4: 4, 5: 4}[batch["step"]]
     assert {record["step"] for record in refinements(tmp_path / "run")} == {0, 4}
 
 
-def test_a_failure_at_the_first_refresh_leaves_the_own_answers(bilevel, script):
+def test_a_failure_at_the_first_refresh_leaves_the_original_responses(bilevel, script):
     script(fails_at=1)
     trainer = bilevel(TRAIN, TRUSTED, max_steps=2, refine_on_error="continue", scout_ratio=0.0, **REFINING)
     trainer.train()
     script()
     plain = bilevel(TRAIN, TRUSTED, max_steps=2, scout_ratio=0.0)
     plain.train()
-    assert trainer.refiner.buffer.questions == {}
+    assert trainer.weighting.refiner.buffer.rows == {}
     assert_close(parameters(trainer.model), parameters(plain.model), atol=0)
 
 
-def test_a_dataset_without_questions_is_refused_before_scouting(bilevel, script, monkeypatch):
+def test_a_dataset_without_prompts_is_refused_when_the_trainer_is_made(bilevel, script):
     script()
-    trainer = bilevel([{"text": row["prompt"] + row["completion"]} for row in TRAIN], TRUSTED, **REFINING)
-    monkeypatch.setattr(trainer, "_scout", lambda *args: pytest.fail("scouted for nothing"))
-    with pytest.raises(ValueError, match="no training row is a question with one answer"):
-        trainer.train()
+    texts = [[{"text": row["prompt"] + row["completion"]} for row in rows] for rows in (TRAIN, TRUSTED)]
+    with pytest.raises(ValueError, match="no training row is a prompt with one response"):
+        bilevel(*texts, **REFINING)

@@ -1,22 +1,19 @@
 """Selectors against hand-computed examples, torch's own softmax and Adam, and what must hold after any update."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tamis.scores import SCORE_MAPS, ScoreTable
-from tamis.selectors import (
-    SELECTOR_NAMES,
-    AdamSelector,
-    BmoSelector,
-    ColumnSelector,
-    MirrorSelector,
-    make_selector,
-    separation,
-)
+from tamis.config import BilevelConfig, ScoreMap
+from tamis.selection.row_weights import AdamWeights, SelectorWeights, StaticWeights, make_row_weights
+from tamis.selection.scores import ScoreTable
+from tamis.selection.selectors import BmoSelector, MirrorSelector, separation
 
+SCORE_MAPS = get_args(ScoreMap)
+NAMES = get_args(BilevelConfig.__annotations__["selector"])
 LEARNING = ("mirror", "softmax", "sigmoid", "bmo")
 
 
@@ -30,7 +27,7 @@ def batches(num_examples: int, num_steps: int, batch_size: int = 8, seed: int = 
 
 def selector_of(name: str, num_examples: int, **settings):
     weight_N = torch.arange(num_examples, dtype=torch.float64) if name == "column" else None
-    return make_selector(name, num_examples, weight_N=weight_N, **settings)
+    return make_row_weights(name, num_examples, weight_N=weight_N, **settings)
 
 
 def snapshot(selector) -> dict[str, torch.Tensor]:
@@ -108,28 +105,23 @@ def test_sums_survive_a_row_that_had_all_the_weight_and_lost_it(score_map):
     torch.testing.assert_close(table.weights_of(table.score_N), torch.ones(1000))
 
 
-def test_unknown_score_map_is_refused():
-    with pytest.raises(ValueError, match="bounded, softmax"):
-        ScoreTable(3, "linear")
-
-
 # --- every selector ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score_map", SCORE_MAPS)
-@pytest.mark.parametrize("name", SELECTOR_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_update_touches_only_its_rows_and_keeps_the_mean(name, score_map):
     selector = selector_of(name, 60, score_map=score_map)
     for ids, loss in batches(60, num_steps=40):
         others = torch.ones(60, dtype=torch.bool)
         others[ids] = False
-        scores, updates = selector.table.score_N[others].clone(), selector.num_updates_N.clone()
+        scores, updates = selector.all_scores()[others], selector.num_updates_N.clone()
         before = snapshot(selector)
         selector.weights(ids, loss)
         assert snapshot(selector).keys() == before.keys()
         assert all(torch.equal(t, before[n]) for n, t in snapshot(selector).items()), "weights() must change nothing"
         selector.update(ids, loss, loss)
-        assert torch.equal(selector.table.score_N[others], scores)
+        assert torch.equal(selector.all_scores()[others], scores)
         assert torch.equal(selector.num_updates_N - updates, (~others).int())
         assert torch.equal(selector.last_loss_N[ids], loss)
     weights = selector.all_weights()
@@ -142,7 +134,7 @@ def test_update_touches_only_its_rows_and_keeps_the_mean(name, score_map):
     assert selector.entropy() == pytest.approx(torch.special.entr(p).sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", SELECTOR_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_state_dict_round_trip_is_bit_for_bit(name):
     first, second = (selector_of(name, 40) for _ in range(2))
     steps = list(batches(40, num_steps=30))
@@ -157,15 +149,15 @@ def test_state_dict_round_trip_is_bit_for_bit(name):
     assert first.effective_sample_size() == second.effective_sample_size()
 
 
-@pytest.mark.parametrize("name", SELECTOR_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_state_of_another_number_of_rows_is_refused(name):
     with pytest.raises(ValueError, match="scores 5 training rows, the dataset has 6: resume with the dataset"):
         selector_of(name, 6).load_state_dict(selector_of(name, 5).state_dict())
 
 
 def test_unknown_selector_is_refused():
-    with pytest.raises(ValueError, match="mirror, softmax, sigmoid"):
-        make_selector("best", 3)
+    with pytest.raises(ValueError, match="unknown selector 'best'"):
+        make_row_weights("best", 3)
 
 
 class OnlyRowsOfTheBatch(TorchDispatchMode):
@@ -185,7 +177,7 @@ class OnlyRowsOfTheBatch(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_a_step_costs_the_batch_and_not_the_dataset(name):
-    selector = make_selector(name, 10**6)
+    selector = make_row_weights(name, 10**6)
     steps = [(torch.arange(8 * i, 8 * i + 8), loss) for i, (_, loss) in enumerate(batches(50, num_steps=4))]
     with OnlyRowsOfTheBatch(10**6) as mode:
         for ids, loss in steps:
@@ -198,14 +190,14 @@ def test_a_step_costs_the_batch_and_not_the_dataset(name):
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("mirror", 12), ("bmo", 12), ("softmax", 20), ("sigmoid", 20)])
 def test_memory_per_row(name, num_bytes):
-    state = make_selector(name, 10_000).state_dict()
+    state = make_row_weights(name, 10_000).state_dict()
     assert sum(t.numel() * t.element_size() for t in state.values()) / 10_000 == pytest.approx(num_bytes, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["mirror", "bmo"])
 def test_scores_are_settled_by_a_scout(name):
-    selector = make_selector(name, 6)
-    selector.judge(torch.arange(5), torch.arange(5.0), torch.arange(5.0))
+    selector = make_row_weights(name, 6)
+    selector.score_rows(torch.arange(5), torch.arange(5.0), torch.arange(5.0))
     scores = selector.table.score_N.clone()
     assert (scores[:4].diff() < 0).all() and scores[5] == 0
     selector.update(torch.arange(3), torch.tensor([9.0, 9, 9]), torch.tensor([9.0, 9, 9]))
@@ -218,8 +210,9 @@ def test_scores_are_settled_by_a_scout(name):
 
 
 def test_mirror_on_a_hand_computed_example():
-    selector = MirrorSelector(4, "bounded", learning_rate=0.5)
-    selector.center, selector.scale = 1.0, 0.5
+    rule = MirrorSelector(learning_rate=0.5)
+    rule.center, rule.scale = 1.0, 0.5
+    selector = SelectorWeights(4, rule)
     ids, excess = torch.tensor([2, 0, 3]), torch.tensor([2.0, 0.5, 9.0])
     # z = 2, -1 and 16, which is clipped at 3
     # In the sum each row enters with its new score, and the three others as they were, with sigmoid(0).
@@ -234,25 +227,25 @@ def test_mirror_on_a_hand_computed_example():
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_mirror_learns_center_and_scale_of_the_excess(batch_size):
-    selector = MirrorSelector(500, "bounded", learning_rate=0.1)
+    selector = SelectorWeights(500, MirrorSelector(learning_rate=0.1))
     for ids, loss in batches(500, num_steps=200, batch_size=batch_size):
         selector.update(ids, loss, 3 * loss)
-    assert selector.center == pytest.approx(6, abs=2)
-    assert selector.scale == pytest.approx(3, rel=0.35)
+    assert selector.selector.center == pytest.approx(6, abs=2)
+    assert selector.selector.scale == pytest.approx(3, rel=0.35)
 
 
-def test_mirror_judges_by_the_moments_of_the_rows_themselves():
-    selector = MirrorSelector(3, "bounded", learning_rate=2.0)
+def test_mirror_scores_by_the_moments_of_the_rows_themselves():
+    selector = SelectorWeights(3, MirrorSelector(learning_rate=2.0))
     excess = torch.tensor([1.0, 2.0, 3.0])
-    selector.judge(torch.arange(3), excess, excess)
+    selector.score_rows(torch.arange(3), excess, excess)
     sigma = math.sqrt(2 / 3)
     torch.testing.assert_close(selector.table.score_N, torch.tensor([2 / sigma, 0, -2 / sigma]))
 
 
 @pytest.mark.parametrize("first", [torch.zeros(4), torch.tensor([2.0, 2.1, 1.9, 2.0])])
-def test_mirror_needs_a_scale_before_it_judges(first):
+def test_mirror_needs_a_scale_before_it_scores(first):
     """Rows whose losses are all alike must not be thrown out because they came before the scale was known."""
-    selector = MirrorSelector(12, "bounded", learning_rate=2.5)
+    selector = SelectorWeights(12, MirrorSelector(learning_rate=2.5))
     for i, excess in enumerate([first, first + torch.tensor([0.01, -0.01, 0.02, -0.02])]):
         ids = torch.arange(4 * i, 4 * i + 4)
         selector.update(ids, excess, excess)
@@ -266,7 +259,7 @@ def test_mirror_needs_a_scale_before_it_judges(first):
 @pytest.mark.parametrize("score_map", ["softmax", "bounded"])
 def test_adam_equals_torch_where_every_row_is_in_each_batch(score_map):
     num = 12
-    selector = AdamSelector(num, score_map, learning_rate=0.1)
+    selector = AdamWeights(num, score_map, learning_rate=0.1)
     logits = torch.zeros(num, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.1)
     generator = torch.Generator().manual_seed(0)
@@ -287,7 +280,7 @@ def test_adam_equals_torch_where_every_row_is_in_each_batch(score_map):
 
 
 def test_bmo_is_the_softmax_of_the_last_losses():
-    selector = BmoSelector(20, "softmax", temperature=0.5)
+    selector = SelectorWeights(20, BmoSelector(0.5))
     last = torch.zeros(20)
     for order in torch.arange(20).view(5, 4), torch.arange(20).flip(0).view(5, 4):
         for ids in order:
@@ -296,22 +289,31 @@ def test_bmo_is_the_softmax_of_the_last_losses():
     torch.testing.assert_close(selector.all_weights(), 20 * torch.softmax(-last / 0.5, dim=0))
 
 
+def test_bmo_weights_are_the_gradient_of_the_smoothed_minimum():
+    """Of ``-tau log mean exp(-l / tau)``, whose limit for small tau is the penalty of weak Pareto optimality."""
+    losses, tau = torch.tensor([0.3, 1.0, 2.0, 0.1], dtype=torch.float64, requires_grad=True), 0.4
+    (-tau * (torch.logsumexp(-losses / tau, dim=0) - math.log(4))).backward()
+    weights = SelectorWeights(4, BmoSelector(tau))
+    weights.update(torch.arange(4), losses.detach().float(), losses.detach().float())
+    torch.testing.assert_close(weights.all_weights() / 4, losses.grad.float())
+
+
 def test_no_weight_exceeds_the_number_of_rows():
     """The loss just measured counts already, so the row's own new value belongs into the sum as well."""
-    selector = BmoSelector(1000, "softmax", temperature=0.1)
+    selector = SelectorWeights(1000, BmoSelector(0.1))
     assert selector.weights(torch.arange(2), torch.tensor([-30.0, 1.0])).max() <= 1000
 
 
 def test_column_is_divided_by_its_mean():
-    selector = ColumnSelector(torch.tensor([0.0, 3.0, 1.0, 0.0]))
+    selector = StaticWeights(torch.tensor([0.0, 3.0, 1.0, 0.0]))
     assert selector.all_weights().tolist() == [0, 3, 1, 0]
-    assert ColumnSelector(torch.tensor([0.0, 6.0, 2.0, 0.0])).all_weights().tolist() == [0, 3, 1, 0]
+    assert StaticWeights(torch.tensor([0.0, 6.0, 2.0, 0.0])).all_weights().tolist() == [0, 3, 1, 0]
     assert selector.weights(torch.tensor([2, 1]), torch.zeros(2)).tolist() == [1, 3]
     assert selector.effective_sample_size() == pytest.approx(1.6)
 
 
 def test_none_weighs_every_row_alike():
-    selector = make_selector("none", 5)
+    selector = make_row_weights("none", 5)
     selector.update(torch.arange(5), torch.arange(5.0), torch.arange(5.0))
     assert selector.all_weights().tolist() == [1] * 5
     assert not selector.uses_excess
@@ -332,21 +334,21 @@ def test_separation_of_one_bell_is_one_and_grows_with_the_distance_of_two():
     assert separation(torch.zeros(5)) == 1.0
 
 
-def test_judging_is_sharper_where_two_kinds_stand_apart():
+def test_scoring_is_sharper_where_two_kinds_stand_apart():
     noise = 0.1 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     is_wrong = torch.arange(1000) % 2 == 0
 
     def weight_of_wrong_rows(distance: float) -> float:
-        selector = make_selector("mirror", 1000)
+        selector = make_row_weights("mirror", 1000)
         excess = noise + distance * is_wrong
-        selector.judge(torch.arange(1000), excess, excess)
+        selector.score_rows(torch.arange(1000), excess, excess)
         return (selector.all_weights()[is_wrong].sum() / 1000).item()
 
     assert weight_of_wrong_rows(1.0) < 0.01
     assert weight_of_wrong_rows(0.3) < weight_of_wrong_rows(0.1) < 0.5
 
 
-# --- rows whose answer was rewritten ----------------------------------------------------------------------------------
+# --- rows whose response was replaced----------------------------------------------------------------------------------
 
 
 def trained(name: str, score_map: str = "bounded"):
@@ -359,9 +361,9 @@ def trained(name: str, score_map: str = "bounded"):
 
 @pytest.mark.parametrize("score_map", SCORE_MAPS)
 @pytest.mark.parametrize("name", ["mirror", "bmo", "column", "none"])
-def test_a_rewritten_row_starts_again_with_weight_one(name, score_map):
+def test_a_refined_row_starts_again_with_weight_one(name, score_map):
     selector = trained(name, score_map)
-    ids = selector.all_weights().argsort()[:15]  # those with the least say: they pull the mean of all down
+    ids = selector.all_weights().argsort()[:15]  # those with the lowest weights: they pull the mean of all down
     others = torch.ones(40, dtype=torch.bool)
     others[ids] = False
     scores = selector.scores(torch.arange(40)).clone()
@@ -374,14 +376,14 @@ def test_a_rewritten_row_starts_again_with_weight_one(name, score_map):
 
 
 @pytest.mark.parametrize("score_map", SCORE_MAPS)
-def test_all_rows_rewritten_have_weight_one(score_map):
+def test_all_refined_rows_have_weight_one(score_map):
     selector = trained("mirror", score_map)
     selector.restart(torch.arange(40))
     torch.testing.assert_close(selector.all_weights(), torch.ones(40))
 
 
 @pytest.mark.parametrize("score_map", SCORE_MAPS)
-@pytest.mark.parametrize("name", SELECTOR_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_restored_row_has_its_old_weight(name, score_map):
     selector, ids = trained(name, score_map), torch.tensor([3, 17, 29])
     weights, scores = selector.all_weights().clone(), selector.scores(torch.arange(40)).clone()
@@ -394,20 +396,20 @@ def test_a_restored_row_has_its_old_weight(name, score_map):
 
 @pytest.mark.parametrize("score_map", SCORE_MAPS)
 @pytest.mark.parametrize("name", ["mirror", "bmo"])
-def test_new_answers_are_judged_as_the_own_ones_were(name, score_map):
+def test_new_responses_are_scored_as_the_original_ones_were(name, score_map):
     excess = torch.cat([loss for _, loss in batches(40, num_steps=5)])
-    selector = make_selector(name, 40, score_map=score_map)
-    selector.judge(torch.arange(40), excess, excess)
+    selector = make_row_weights(name, 40, score_map=score_map)
+    selector.score_rows(torch.arange(40), excess, excess)
     expected = selector.table.score_N.clone()
     ids = torch.tensor([30, 2, 11, 7])
     selector.restart(ids)
     assert not torch.equal(selector.table.score_N[ids], expected[ids])
-    assert torch.equal(selector.judged_scores(excess[ids]), expected[ids]), "whatever their scores are at present"
-    selector.restore(ids, selector.judged_scores(excess[ids]))
+    assert torch.equal(selector.scout_scores(excess[ids]), expected[ids]), "whatever their scores are at present"
+    selector.restore(ids, selector.scout_scores(excess[ids]))
     assert torch.equal(selector.table.score_N, expected)
 
 
-def test_adam_forgets_what_it_knew_of_a_rewritten_row():
+def test_adam_forgets_what_it_knew_of_a_refined_row():
     selector, ids = trained("softmax"), torch.tensor([4, 8])
     selector.restart(ids)
     excess = torch.tensor([2.0, -3.0])
@@ -418,17 +420,17 @@ def test_adam_forgets_what_it_knew_of_a_rewritten_row():
 
 
 def test_a_scout_that_tells_nothing_leaves_all_rows_alike():
-    selector = make_selector("mirror", 4)
+    selector = make_row_weights("mirror", 4)
     ids = torch.arange(4)
-    selector.judge(ids, torch.ones(4), torch.zeros(4))
+    selector.score_rows(ids, torch.ones(4), torch.zeros(4))
     assert selector.all_weights().tolist() == [1, 1, 1, 1]
-    assert selector.judged_scores(torch.tensor([0.0, 5.0])).tolist() == [0, 0]
+    assert selector.scout_scores(torch.tensor([0.0, 5.0])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["mirror", "bmo", "softmax"])
 def test_a_leading_row_starts_again_too(name):
     """The others' weights are lost beside its own in the running sums: their mean must be taken anew."""
-    selector = make_selector(name, 6, score_map="softmax")
+    selector = make_row_weights(name, 6, score_map="softmax")
     selector.restore(torch.arange(6), torch.tensor([0.0, -40.0, -41.0, -42.0, -43.0, -40.0]))
     selector.restart(torch.tensor([0]))
     assert selector.all_weights()[0].item() == pytest.approx(1, rel=1e-5)

@@ -1,0 +1,47 @@
+"""The picture of a comparison."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tamis.compare.methods import REFINING
+from tamis.compare.task import Task, learned_weights, right_responses, run_dir
+from tamis.files import write_atomically
+
+
+def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) -> None:
+    """``comparison.png``: learning curves; weights of right and wrong rows; right answers among generated ones."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (curves, *histograms, shares) = plt.subplots(1, 4, figsize=(19, 4.2), layout="constrained")
+    best = max((row for row in rows if row["method"].startswith("mixing")), key=lambda row: row["test_accuracy"])
+    for row in rows:
+        if row["method"].startswith("mixing") and row is not best:
+            continue
+        with open(run_dir(output_dir, row["method"]) / "metrics.jsonl", encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+        points = {r["step"]: r["eval_teacher_forced_match"] for r in records if "eval_teacher_forced_match" in r}
+        width = 2.5 if row["method"].startswith("tamis") else 1.3
+        curves.plot(list(points), list(points.values()), label=row["method"], linewidth=width)
+    curves.set(xlabel="training step", ylabel="exact match on held-out rows", title="Learning curves")
+    curves.legend(fontsize=8)
+    for axes, name in zip(histograms, ("softmax (published)", "tamis"), strict=True):
+        weights, is_right = learned_weights(output_dir, name, task)
+        bins = np.linspace(0, weights.max() * 1.001, 40)
+        for label, mask, colour in (("right rows", is_right, "tab:green"), ("wrong rows", ~is_right, "tab:red")):
+            axes.hist(weights[mask], bins, alpha=0.6, label=label, color=colour)
+        axes.set(xlabel="weight", ylabel="rows", title=f"Weights learned by {name}")
+        axes.legend()
+    refreshes = right_responses(output_dir, REFINING, task)
+    steps = [refresh["step"] for refresh in refreshes]
+    shares.plot(steps, [refresh["share"] for refresh in refreshes], "o-", label="all alike")
+    shares.plot(steps, [refresh["weighted_share"] for refresh in refreshes], "s-", label="as they are trained on")
+    shares.set(xlabel="training step", ylim=(0, 1.02), title="Right responses among the generated")
+    shares.legend()
+    write_atomically(output_dir / "comparison.png", lambda path: figure.savefig(path, format="png", dpi=110))
+    plt.close(figure)

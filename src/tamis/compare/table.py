@@ -1,0 +1,33 @@
+"""The table of a comparison: gap closures, and one line a method."""
+
+from typing import Any
+
+from tamis.metrics import gap_closure
+
+
+def add_gap_closures(rows: list[dict[str, Any]]) -> None:
+    """Add ``gap_closure`` (accuracy) and ``gap_closure_loss`` to every row.
+
+    0 is the best rho of direct mixing (of all of them, chosen by the same figure on the held-out rows: as strong a
+    rival as there can be), 1 is the oracle.
+    """
+    mixing = [row for row in rows if row["method"].startswith("mixing")]
+    oracle = rows[-1]
+    best_accuracy = max(row["test_accuracy"] for row in mixing)
+    best_loss = min(row["test_loss"] for row in mixing)
+    for row in rows:
+        row["gap_closure"] = gap_closure(best_accuracy, row["test_accuracy"], oracle["test_accuracy"])
+        row["gap_closure_loss"] = gap_closure(best_loss, row["test_loss"], oracle["test_loss"])
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """The comparison as text, one method a line."""
+    lines = [f"{'method':22} {'test acc':>8} {'test loss':>9} {'gap closed':>10} {'AUROC':>6} {'seconds':>7}"]
+    for row in rows:
+        selection = "" if row["selection_auroc"] is None else f"{row['selection_auroc']:.3f}"
+        closed = "" if row["gap_closure"] is None else f"{row['gap_closure']:.2f}"
+        lines.append(
+            f"{row['method']:22} {row['test_accuracy']:8.3f} {row['test_loss']:9.3f} {closed:>10} "
+            f"{selection:>6} {row['seconds']:7.0f}"
+        )
+    return "\n".join(lines)

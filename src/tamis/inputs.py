@@ -1,0 +1,89 @@
+"""The datasets that a trainer is given: one door for all of them, before a model is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from tamis.config import BilevelConfig
+from tamis.rows import check_overlap, check_rows, content_columns
+
+_IMAGE_COLUMNS = ("image", "images")
+
+
+def held_out_datasets(evaluation: Any) -> dict[str, Any]:
+    """The data sets of `eval_dataset`, which may be a dict of them, by their roles; nothing for None."""
+    if isinstance(evaluation, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in evaluation.items()}
+    return {} if evaluation is None else {"eval_dataset": evaluation}
+
+
+def named_datasets(train: Any, validation: Any, evaluation: Any) -> dict[str, Dataset]:
+    """All data sets by their roles: `train_dataset`, `validation_dataset`, and `eval_dataset` or its parts by name.
+
+    Args:
+        validation, evaluation: may be None; ``evaluation`` may be a dict of data sets.
+
+    Raises:
+        ValueError: one is something else than a `datasets.Dataset`, or holds images.
+    """
+    named: dict[str, Any] = {"train_dataset": train}
+    if validation is not None:
+        named["validation_dataset"] = validation
+    if evaluation == {}:
+        raise ValueError("eval_dataset: there are no data sets in the dict. Leave it out")
+    named |= held_out_datasets(evaluation)
+    for role, dataset in named.items():
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"{role} must be a datasets.Dataset, got {type(dataset).__name__}: rows are counted and numbered, so "
+                "load it without streaming, and give one split of a DatasetDict"
+            )
+        if found := [column for column in _IMAGE_COLUMNS if column in dataset.column_names]:
+            raise ValueError(
+                f"{role}: rows with images in column {found[0]!r}: tamis trains on text, remove the column"
+            )
+    return named
+
+
+def check_datasets(datasets: Mapping[str, Dataset], args: BilevelConfig) -> dict[str, list[str]]:
+    """Check every row, and that the rows of all data sets can be compared; returns the hash of every row, by role.
+
+    Args:
+        datasets: by role, as `named_datasets` gives them.
+
+    Raises:
+        ValueError: see `tamis.rows.check_rows` and `check_overlap`; or the data sets have unlike formats.
+    """
+    hashes = {}
+    for role, dataset in datasets.items():
+        _refuse_text_field(role, dataset, args.dataset_text_field)
+        hashes[role] = check_rows(dataset, role)
+    _refuse_mixed_formats(datasets, args)
+    if "validation_dataset" in datasets:
+        check_overlap(datasets, hashes)
+    return hashes
+
+
+def _refuse_text_field(role: str, dataset: Dataset, name: str) -> None:
+    """TRL reads the field of text rows only."""
+    columns = set(dataset.column_names)
+    if name != "text" and not ({"prompt", "completion"} <= columns or "messages" in columns):
+        raise ValueError(
+            f"dataset_text_field '{name}': tamis reads the column text. Give {role} as "
+            f'dataset.rename_column("{name}", "text")'
+        )
+
+
+def _refuse_mixed_formats(datasets: Mapping[str, Dataset], args: BilevelConfig) -> None:
+    """TRL decides by the first training row which tokens are trained on, in the other data sets too."""
+    if args.completion_only_loss is False and not args.assistant_only_loss:
+        return  # every token of every row
+    expected = content_columns(datasets["train_dataset"], "train_dataset")
+    for role, dataset in datasets.items():
+        found = content_columns(dataset, role)
+        if found != expected:
+            raise ValueError(
+                f"train_dataset has {' and '.join(expected)}, {role} has {' and '.join(found)}: the loss would cover "
+                "other parts of their rows. Give all data sets one format"
+            )

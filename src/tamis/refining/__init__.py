@@ -1,0 +1,1 @@
+"""New responses for rows whose original ones have low weights."""

@@ -1,0 +1,1 @@
+"""From the losses of rows to their weights."""

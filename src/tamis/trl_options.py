@@ -1,0 +1,140 @@
+"""What TRL and transformers offer and tamis does not: settings that are refused, and settings without effect.
+
+Every other option works as it does there. `tests/test_trl_options.py` holds the verdict on each.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate.utils import ParallelismConfig, parse_flag_from_env
+from transformers.trainer_pt_utils import AcceleratorConfig
+from trl import SFTConfig
+
+_PACKING = "packing joins rows, and a joined row has no weight of its own: set --packing false"
+_STEPS_IN_BACKWARD = ("lomo", "adalomo")  # and all whose name ends in "layerwise"
+_OF_LOADERS = ("dispatch_batches", "even_batches", "use_seedable_sampler")
+
+# By setting: whether a value is refused, and the sentence, in which {value} stands for it.
+REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
+    "packing": (lambda args: args.packing, _PACKING),
+    "eval_packing": (lambda args: args.eval_packing, _PACKING),
+    "padding_free": (
+        lambda args: args.padding_free,
+        "padding_free joins the rows of a batch, and the losses of rows are needed: leave it off",
+    ),
+    "loss_type": (
+        lambda args: args.loss_type not in ("nll", "chunked_nll"),
+        "loss_type '{value}' has no per-row log-likelihood: use --loss_type nll",
+    ),
+    "label_smoothing_factor": (
+        lambda args: args.label_smoothing_factor,
+        "label_smoothing_factor changes what a row's loss means: set it to 0",
+    ),
+    "dataset_kwargs": (
+        lambda args: isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"),
+        "skip_prepare_dataset is not supported: rows are numbered while they are prepared",
+    ),
+    "train_sampling_strategy": (
+        lambda args: args.train_sampling_strategy != "random",
+        "train_sampling_strategy '{value}' is not supported: rows are drawn by seed, epoch and step alone. Leave it "
+        "at random",
+    ),
+    "auto_find_batch_size": (
+        lambda args: args.auto_find_batch_size,
+        "auto_find_batch_size starts a run over whose scores have moved: find a --per_device_train_batch_size that "
+        "fits and leave it off",
+    ),
+    "enable_jit_checkpoint": (
+        lambda args: args.enable_jit_checkpoint,
+        "enable_jit_checkpoint may save between the step of the scores and that of the model: set --save_steps instead",
+    ),
+    "optim": (
+        lambda args: _plain(args.optim).endswith("layerwise") or _plain(args.optim) in _STEPS_IN_BACKWARD,
+        "optim '{value}' updates the parameters inside the backward pass, where a bad step can no longer be stopped: "
+        "choose another, as adamw_torch",
+    ),
+    "accelerator_config": (
+        lambda args: args.accelerator_config.split_batches,  # type: ignore[union-attr]
+        "accelerator_config: split_batches gives per_device_train_batch_size a second meaning: leave it off",
+    ),
+    "activation_offloading": (
+        lambda args: args.activation_offloading and args.device.type == "cpu",
+        "activation_offloading needs an accelerator, and this run is on the CPU: leave it off",
+    ),
+}
+
+# By reason: settings that change nothing.
+NO_EFFECT: dict[str, list[str]] = {
+    "training rows are collated in the main process, evaluation alone reads it": [
+        "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+        "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
+    ],
+    "training rows reach the collator as input_ids and labels, evaluation alone reads it": ["remove_unused_columns"],
+    "the stream of training rows knows its ranks, evaluation alone reads it": [
+        f"accelerator_config.{name}" for name in _OF_LOADERS
+    ],
+    "the rows and tokens of a step are counted over all devices": ["average_tokens_across_devices"],
+    "packing is off": ["packing_strategy"],
+    "train_sampling_strategy is 'random'": ["length_column_name"],
+}  # fmt: skip
+
+# Arguments of SFTTrainer.
+REFUSED_ARGUMENTS: dict[str, str] = {
+    "compute_loss_func": "compute_loss_func replaces the loss of a batch, and the loss of every row is needed: leave "
+    "it out",
+    "formatting_func": 'formatting_func: apply it first, dataset.map(lambda row: {"text": formatting_func(row)}), and '
+    "keep the column text alone",
+}
+
+
+def refuse_options(args: SFTConfig) -> None:
+    """Refuse settings that tamis cannot honour.
+
+    Raises:
+        ValueError: with the setting and the remedy.
+    """
+    for name, (is_refused, sentence) in REFUSED.items():
+        if is_refused(args):
+            raise ValueError(sentence.format(value=_plain(getattr(args, name))))
+    refuse_parallelism(args.parallelism_config)
+
+
+def refuse_parallelism(parallelism: ParallelismConfig | None) -> None:
+    """Refuse what lets ranks share rows: set in the arguments, by `accelerate launch` or in a model that was loaded.
+
+    Raises:
+        ValueError: a row, or a batch, would be spread over several ranks.
+    """
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise ValueError(
+            "parallelism_config: with tensor, context or sequence parallelism ranks share rows, but every rank has "
+            "rows of its own here: leave it out"
+        )
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of the trainer that tamis cannot honour.
+
+    Raises:
+        ValueError: with the argument and the remedy.
+    """
+    for name, sentence in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise ValueError(sentence)
+
+
+def is_sharded(args: SFTConfig) -> bool:
+    """Whether no rank holds the whole model: FSDP or DeepSpeed, by the settings or by `accelerate launch`."""
+    by_launcher = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed or by_launcher)
+
+
+def given_loader_settings(args: SFTConfig) -> list[str]:
+    """Fields of ``accelerator_config`` that are about data loaders and were set, as ``accelerator_config.NAME``."""
+    given, default = args.accelerator_config, AcceleratorConfig()
+    return [f"accelerator_config.{name}" for name in _OF_LOADERS if getattr(given, name) != getattr(default, name)]
+
+
+def _plain(value: Any) -> Any:
+    """A setting as it is written: transformers turns some into members of an enumeration."""
+    return getattr(value, "value", value)

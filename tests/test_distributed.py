@@ -1,0 +1,65 @@
+"""Two ranks are one rank with the double batch: losses, scores, weights, metrics and parameters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_runs import REFINING, RUNS
+
+SCRIPT = Path(__file__).with_name("distributed_runs.py")
+
+
+def launch(launcher: list[str], model_dir: str, folder: Path) -> dict[tuple[str, int], dict]:
+    """What the script found, by run and rank."""
+    folder.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
+    command = [sys.executable, *launcher, str(SCRIPT), model_dir, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = range(2) if launcher else range(1)
+    return {(name, rank): json.loads((folder / f"{name}.{rank}.json").read_text()) for name in RUNS for rank in ranks}
+
+
+@pytest.fixture(scope="module")
+def found(model_dir, tmp_path_factory):
+    """One rank's runs, and those of two."""
+    folder = tmp_path_factory.mktemp("distributed")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return launch([], model_dir, folder / "one"), launch(torchrun, model_dir, folder / "two")
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "refining"])
+def test_two_ranks_are_one_with_the_double_batch(found, name):
+    one, two = found[0][name, 0], found[1][name, 0]
+    assert (one["num_ranks"], two["num_ranks"]) == (1, 2)
+    assert len(one["history"]) == len(two["history"])
+    for expected, actual in zip(one["history"], two["history"], strict=True):
+        assert actual.keys() == expected.keys()
+        for metric, value in expected.items():
+            assert actual[metric] == pytest.approx(value, abs=1e-5, rel=1e-5), metric
+    assert {"training_loss", "validation_loss", "penalty_gap", "ess"} <= one["history"][0].keys()
+    assert two["num_updates"] == one["num_updates"] and set(one["num_updates"]) == {3 if name == "scouted" else 2}
+    for part in ("scores", "weights"):
+        assert two[part] == pytest.approx(one[part], abs=1e-5)
+    for parameter, values in one["parameters"].items():
+        actual = torch.tensor(two["parameters"][parameter])
+        torch.testing.assert_close(actual, torch.tensor(values), atol=1e-5, rtol=0, msg=parameter)
+    assert two["evidence"] == one["evidence"] or two["evidence"] == pytest.approx(one["evidence"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_ranks_know_the_same(found, name):
+    first, second = (found[1][name, rank] for rank in range(2))
+    assert first["scores"] == second["scores"] and first["num_updates"] == second["num_updates"]
+    assert first["parameters"] == second["parameters"] and first["responses"] == second["responses"]
+
+
+def test_two_ranks_share_the_rows_that_are_refined(found):
+    one, two = found[0]["refining", 0]["responses"], found[1]["refining", 0]["responses"]
+    assert two and len(two) <= round(REFINING["refine_fraction"] * 19)
+    assert all(1 <= len(responses) <= REFINING["num_generations"] for responses in two.values())
+    assert one is not None
