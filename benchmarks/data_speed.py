@@ -29,7 +29,7 @@ from common import finish, make_parser
 from tamis.data import load_rows
 from tamis.recorder import Recorder
 from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, row_table
-from tamis.selectors import make_selector
+from tamis.selection.row_weights import make_row_weights
 
 TEXT = (
     "the of and to in is that why how explain list three reasons give number question answer city capital model learn "
@@ -102,11 +102,17 @@ def measure(file: Path, validation_file: Path) -> dict[str, float]:
     found["total_s"] = found["load_s"] + found["check_s"]
     found["cpu_s"] = time.process_time() - start_cpu
     found["peak_gb"] = peak_gb()
-    selector = make_selector("mirror", len(table), learning_rate=1.0)
+    row_weights = make_row_weights("mirror", len(table))
+
+    def write() -> None:
+        columns = {"weight": row_weights.all_weights(), "score": row_weights.all_scores()}
+        columns |= {"num_updates": row_weights.num_updates_N, "last_loss": row_weights.last_loss_N}
+        recorder.write_weights(table, {name: tensor.numpy() for name, tensor in columns.items()})
+
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(folder)
         for _ in range(3):
-            timed("write", lambda: recorder.write_weights(table, selector, range(len(table))))
+            timed("write", write)
     return found
 
 
