@@ -1,5 +1,6 @@
 """The documents agree with the tree: lines that fit a screen, links and paths that exist, flags that are accepted."""
 
+import importlib.util
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -92,3 +93,13 @@ def test_flags_of_benchmarks_are_theirs(path):
         source = (ROOT / name).read_text(encoding="utf-8") + (ROOT / "benchmarks/common.py").read_text(encoding="utf-8")
         for flag in _FLAG.findall(command):
             assert f'"--{flag}"' in source, command
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    """Change a figure by `python docs/tables.py`, never by hand."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+        text = document.read_text(encoding="utf-8")
+        assert "| **tamis** |" in text and tables.fill(text) == text

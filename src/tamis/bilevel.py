@@ -57,7 +57,7 @@ def effective_sample_size(weights: Tensor) -> float:
 def weight_entropy(weights: Tensor) -> float:
     """Entropy in nats of the weights read as a distribution over rows, at most ``log(len(weights))``."""
     probabilities = weights.double() / weights.double().sum()
-    return torch.special.entr(probabilities).sum().item()
+    return float(torch.special.entr(probabilities).sum())
 
 
 def penalty_gap(weights_B: Tensor, excess_B: Tensor) -> Tensor:

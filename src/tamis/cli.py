@@ -43,13 +43,13 @@ def make_train_parser() -> Any:
         return "rows to tokens" if name in trl_own else "selection and its two levels"
 
     class GroupedParser(TrlParser):
-        def _add_dataclass_arguments(self, dtype):
+        def _add_dataclass_arguments(self, dtype: Any) -> None:
             if not hasattr(self, "_groups"):
                 self._groups: Any = {title: self.add_argument_group(title) for title in titles}
             self._dtype = dtype
             super()._add_dataclass_arguments(dtype)
 
-        def _parse_dataclass_field(self, parser, field):  # type: ignore[override]
+        def _parse_dataclass_field(self, parser: Any, field: Any) -> None:  # type: ignore[override]
             TrlParser._parse_dataclass_field(self._groups[title_of(self._dtype, field.name)], field)
 
     dataclass_types: Any = (DataArguments, BilevelConfig, ModelConfig)
@@ -93,7 +93,7 @@ def _run_train(options: list[str]) -> int:
             print(f"{name} {metrics[name]:.4f}")
     print(f"weights {args.output_dir}/weights.parquet")
     if args.refine_fraction:
-        print(f"answers {args.output_dir}/refinements.parquet")
+        print(f"responses {args.output_dir}/refinements.parquet")
     print(f"model {args.output_dir}")
     return 0
 

@@ -183,9 +183,9 @@ class BilevelConfig(SFTConfig):
         "token", "Importance ratios of a token on average (geometric mean), or of the whole response."
     )
     importance_ratio_cap: float = setting(
-        1.0,
-        "Largest coefficient of a generated response, (p / p_generator)^(1/tau). 1: none counts more than when it was "
-        "generated.",
+        2.0,
+        "Largest coefficient of a generated response, which is (p / p_generator)^(1/tau): by how much it can gain as "
+        "the model moves towards it.",
     )
 
     # > Parameters that control the generation

@@ -1,4 +1,6 @@
-"""A progress bar on stderr that shows what a bilevel run is judged by, instead of dictionaries on stdout."""
+"""A progress bar on stderr that shows what matters of a bilevel run, instead of dictionaries on stdout."""
+
+from typing import Any
 
 from transformers import PrinterCallback, Trainer
 from transformers import ProgressCallback as _ProgressCallback
@@ -25,12 +27,12 @@ class ProgressCallback(_ProgressCallback):
         self.title = title
         self._shown: dict[str, str] = {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.training_bar is None:
             return
         self._shown |= {_SHOWN[name]: f"{value:.3g}" for name, value in (logs or {}).items() if name in _SHOWN}

@@ -187,4 +187,4 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
 def checkpoint_step(checkpoint: str | Path) -> int:
     """The optimizer step at which a checkpoint was written."""
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])

@@ -42,7 +42,7 @@ def check_rows(dataset: Dataset, role: str) -> list[str]:
 
     Raises:
         ValueError: no rows, no known format, a null prompt, a response without text, a value of the wrong type,
-            messages without an answer, or a `weight` that is null, NaN, infinite or negative.
+            messages without a response, or a `weight` that is null, NaN, infinite or negative.
     """
     if len(dataset) == 0:
         raise ValueError(f"{role}: there are no rows. Give a data set with at least one row.")
@@ -224,7 +224,7 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence
 def attach_example_ids(dataset: Dataset) -> Dataset:
     """Add `example_id` (int64), 0 .. N-1 in order; keep a column of that name, or raise ValueError if not unique."""
     if "example_id" not in dataset.column_names:
-        return dataset.add_column("example_id", np.arange(len(dataset), dtype=np.int64))  # type: ignore[arg-type]
+        return dataset.add_column("example_id", np.arange(len(dataset), dtype=np.int64))
     ids = _arrow_column(dataset, "example_id")
     if ids.type != pa.int64() or ids.null_count or pc.count_distinct(ids).as_py() != len(ids):
         raise ValueError('column "example_id": the ids must be unique int64 numbers. Remove it to get new ones.')

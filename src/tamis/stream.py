@@ -198,8 +198,8 @@ def make_stream(
 
     def name(places: list[int]) -> MicroBatch:
         found = ids[places].tolist()
-        num_lower = sum(place < num_training for place in places)
-        return MicroBatch(found[:num_lower], found[num_lower:])
+        split = sum(place < num_training for place in places)
+        return MicroBatch(found[:split], found[split:])
 
     sampler = BilevelBatchSampler(
         num_training=num_training,

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import TrainOutput
 
 from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
@@ -72,7 +73,6 @@ class BilevelTrainer(RowEvaluation):
     model: Any
     optimizer: Any
     processing_class: Any
-    _signature_columns: Any
     train_dataset: Dataset
     # The coefficients of a step sum over its whole accumulation window: see `row_coefficients`.
     loss_is_scaled_for_ga = True  # type: ignore[assignment]
@@ -151,12 +151,7 @@ class BilevelTrainer(RowEvaluation):
         report_dropped("validation_dataset", dataset, prepared, self.args.max_length)
         return prepared
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if "example_id" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "example_id"]
-
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """The stream of ids of the rows of each micro-batch; `get_batch_samples` turns them into tensors."""
         return make_stream(
             self.batches.training,
@@ -179,7 +174,7 @@ class BilevelTrainer(RowEvaluation):
             raise type(error)(f"{error}. {hint}") from error
         return self.batches.collate(batches), None
 
-    def num_examples(self, dataloader: DataLoader) -> int:
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Rows in one epoch: the training rows. The validation rows only ride along."""
         is_stream = dataloader is self.callback_handler.train_dataloader
         return len(self.train_dataset) if is_stream else super().num_examples(dataloader)
@@ -191,7 +186,9 @@ class BilevelTrainer(RowEvaluation):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         return rho_at(progress, self.resolved.rho_start, self.args.rho, self.args.rho_decay_ratio)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
         """Loss of one micro-batch in training: ``sum c * l`` over its rows. For evaluation see `RowEvaluation`."""
         rows: BatchRows = inputs.pop("rows")
         if self.aux_loss_enabled:
@@ -202,7 +199,7 @@ class BilevelTrainer(RowEvaluation):
         weights_L = self.weighting.weights(rows, inputs, loss_B)
         coefficients_B = row_coefficients(weights_L, self.current_rho(), rows.share_B)
         # DDP averages the gradients over the ranks; the coefficients sum to one over all of them.
-        loss = (coefficients_B.to(nll_B.device) * nll_B).sum() * self.accelerator.num_processes
+        loss: Tensor = (coefficients_B.to(nll_B.device) * nll_B).sum() * self.accelerator.num_processes
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
             aux_losses = self.accelerator.gather_for_metrics(outputs.aux_loss.detach())
@@ -219,7 +216,7 @@ class BilevelTrainer(RowEvaluation):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """See [`~transformers.Trainer`]; after the last micro-batch of a step the weighting is updated."""
-        loss = super().training_step(*args, **kwargs)
+        loss: Tensor = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             metrics = self.weighting.commit(self._get_learning_rate())
             self._total_train_tokens += int(metrics.pop("num_tokens"))
@@ -234,7 +231,7 @@ class BilevelTrainer(RowEvaluation):
         resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
-    ):
+    ) -> TrainOutput:
         """Train, and leave `config.yaml`, `metrics.jsonl` and `weights.parquet` in the run directory.
 
         Args:
@@ -290,7 +287,7 @@ class BilevelTrainer(RowEvaluation):
             state, self._total_train_tokens = checkpoints.load_state(checkpoint)
             self.weighting.load_state_dict(state)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self.weighting.left_out_of_saving():
             super()._save(output_dir, state_dict)
 

@@ -52,7 +52,7 @@ def run_method(method: Method, task: Task, output_dir: Path, common: dict[str, A
     if result_file.is_file():
         result = json.loads(result_file.read_text())
         if result["identity"] == identity:
-            return result["row"]
+            return dict(result["row"])
     shutil.rmtree(folder, ignore_errors=True)
     data = DataArguments(train_dataset=str(method.train_file), eval_dataset=str(task.eval_file))
     if method.settings.get("rho") != 0.0:
@@ -84,7 +84,8 @@ def compare_methods(
     """Run all methods on a task; returns their rows in the order of the table, the oracle last.
 
     Plain SFT, validation rows only, direct mixing for every rho, then with the rho at which mixing did best on the
-    held-out rows: the published rule, tamis, tamis with refining, and the oracle that trains on right answers only.
+    held-out rows: lazy Adam on softmax logits, tamis, tamis with refining, and the oracle that trains on right
+    responses only.
 
     Args:
         refining: its settings; None leaves the method out.

@@ -12,7 +12,7 @@ from tamis.files import write_atomically
 
 
 def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) -> None:
-    """``comparison.png``: learning curves; weights of right and wrong rows; right answers among generated ones."""
+    """``comparison.png``: learning curves; weights of right and wrong rows; right responses among generated ones."""
     import matplotlib
 
     matplotlib.use("Agg")

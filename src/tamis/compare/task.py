@@ -19,8 +19,8 @@ class Task:
     Attributes:
         model_dir: the base model.
         train_file: JSONL rows. Columns that no method reads: ``is_right``, and ``right_answer`` where it is known.
-        clean_file: the right rows of ``train_file`` alone; or, where kinds of questions have none, all questions with
-            their right answers.
+        clean_file: the right rows of ``train_file`` alone; or, where whole kinds of prompts have none, all prompts
+            with their right responses.
         validation_file, eval_file: trusted and held-out rows.
         fingerprint: changes when any of them does.
     """

@@ -2,7 +2,7 @@
 
 What comes out, in the output directory: `world/` (base model, rows, labels), `runs/NAME/` (a run directory each),
 `comparison.json` (one object per method) and `comparison.png` (learning curves; weights of right and wrong rows; right
-answers among those that refining has generated).
+responses among those that refining has generated).
 A run that is there already, with the same settings, is not made again.
 """
 
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "activation_checkpointing": False,
     "use_cpu": True,
 }
-# Half of the rows are wrong; an answer has five letters.
+# Half of the rows are wrong; a response has five letters.
 REFINING_SETTINGS: dict[str, Any] = {"refine_fraction": 0.5, "max_new_tokens": 8, "generation_batch_size": 250}
 
 

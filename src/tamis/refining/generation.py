@@ -338,7 +338,7 @@ def sampled_log_prob(model: Any, prompt: list[int], token_ids: list[int], settin
     with evaluation_mode(model), torch.no_grad():
         ids = torch.tensor([prompt + token_ids], device=model.device)
         logits_TV = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / settings.temperature
-    return logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum().item()
+    return float(logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum())
 
 
 def verify(
