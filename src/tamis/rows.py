@@ -181,15 +181,12 @@ def fingerprint(hashes: Sequence[str]) -> str:
     return _digest("".join(hashes))
 
 
-def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence[str]]) -> list[str]:
-    """Look for the same row (prompt and response) in two of the data sets.
+def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence[str]]) -> None:
+    """Warn of the same row (prompt and response) in two of the data sets: validation or held-out rows trained on.
 
     Args:
         datasets: by role: `train_dataset`, `validation_dataset`, and all that are held out.
         hashes: by role, of every row, from `check_rows`.
-
-    Returns:
-        The warnings, also logged: rows of the validation or held-out set that are trained on as well.
 
     Raises:
         ValueError: validation and evaluation share a row, so that the result could not be trusted.
@@ -218,7 +215,6 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence
         messages += shared(role, "train_dataset", "The result on them says nothing about new rows.")
     for message in messages:
         logger.warning(message)
-    return messages
 
 
 def attach_example_ids(dataset: Dataset) -> Dataset:

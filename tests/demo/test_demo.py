@@ -27,9 +27,7 @@ def test_the_demo_writes_table_and_picture_and_does_not_repeat_itself(small_worl
     rows = json.loads((tmp_path / "demo" / "comparison.json").read_text())
     names = [row["method"] for row in rows]
     assert len(rows) == 6 + len(MIXING_RHOS)
-    assert {"plain SFT", "validation only", "softmax, lazy Adam", "tamis", REFINING, "oracle (right rows)"} < set(
-        names
-    )
+    assert {"plain SFT", "validation only", "softmax, lazy Adam", "tamis", REFINING, "oracle (right rows)"} < set(names)
     keys = {"method", "test_loss", "test_accuracy", "gap_closure", "selection_auroc", "seconds"}
     for row in rows:
         assert keys <= set(row)

@@ -137,6 +137,25 @@ def test_completions_are_drawn_from_the_distribution_that_was_asked_for(temperat
     assert top_p == 1 or num_kept < len(expected) / 2
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_renormalised_over_the_nucleus(temperature):
+    """Those of the distribution that is drawn from: the probabilities of the nucleus sum to one."""
+    model, prompt, top_p = opinionated_model(), PROMPTS[0], 0.6
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature
+    values, order = logits.softmax(-1).sort(descending=True)
+    num_kept = int((values.cumsum(0) < top_p - 1e-6).sum()) + 1
+    expected = {
+        int(token): value for token, value in zip(order[:num_kept], values / values[:num_kept].sum(), strict=False)
+    }
+    generator = generator_of(model, batch_size=1000, temperature=temperature, top_p=top_p, max_new_tokens=1)
+    drawn = {c.token_ids[0]: c.log_prob for c in generator.generate([prompt], 1000, seed=0)[0]}
+    assert drawn.keys() == expected.keys() and len(drawn) >= 2
+    for token, log_prob in drawn.items():
+        assert log_prob == pytest.approx(expected[token].log().item(), abs=1e-4)
+    assert sum(math.exp(log_prob) for log_prob in drawn.values()) == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "published",
     [
