@@ -199,7 +199,8 @@ class RowWeighting:
         found = f"{scout.evidence.criterion:.3f} +- {scout.evidence.error:.3f}"
         if scout.is_believed:
             logger.info(
-                f"a training row loses against an unseen validation row with probability {found} (one half: alike)"
+                f"training rows have a higher excess loss than unseen validation rows with probability {found} "
+                "(one half: no difference)"
             )
             self.row_weights.score_rows(ids_R, loss_R, loss_R - reference_R)
         else:
