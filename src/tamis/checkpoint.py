@@ -112,7 +112,7 @@ def refuse_foreign(checkpoint: str | Path, identity: RunIdentity) -> None:
             "resumed. Start a new run from its model"
         )
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        metadata = file.metadata() or {}
     if "meaning" not in metadata:
         raise ValueError(f"{checkpoint} was written by an older version of tamis: start a new run")
     if changes := _changes(json.loads(metadata["meaning"]), identity.meaning):

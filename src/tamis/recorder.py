@@ -74,7 +74,7 @@ class Recorder:
     """Writes one run directory. Only the main process should own one.
 
     Args:
-        output_dir: the run directory; made if absent.
+        output_dir: the run directory; made by the first file that is written.
     """
 
     def __init__(self, output_dir: str | Path):

@@ -12,6 +12,7 @@ Shape suffixes: B rows of a micro-batch, L its training rows, N rows of the trai
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -171,9 +172,9 @@ class RowWeighting:
             if resume is None:
                 self._score_rows(self.scout, model, max_steps)
             elif self.refiner:
-                folders = Path(str(self.args.output_dir)), Path(resume).parent
-                folder = next((f for f in folders if (f / SCOUT_FILE).is_file()), folders[0])
-                self.scout.load(folder / SCOUT_FILE)
+                self.scout.load(Path(resume).parent / SCOUT_FILE)
+                if self.recorder:  # the run may go on in another folder, and be resumed from there
+                    self.scout.save(self.recorder.output_dir / SCOUT_FILE)
         if not self.refiner:
             self.scout = None  # no more rows to score: its parameters need not be kept
 
@@ -197,11 +198,17 @@ class RowWeighting:
         stop_if_not_finite(loss_R - reference_R, lambda k: self._row_name(int(ids_R[k])), step=0)
         self.evidence = scout.evidence
         found = f"{scout.evidence.criterion:.3f} +- {scout.evidence.error:.3f}"
-        if scout.is_believed:
+        if math.isnan(scout.evidence.criterion):
+            logger.warning(
+                f"{len(self.validation_dataset)} validation rows are too few to check the scout by rows that it has "
+                "not seen: its scores are used as they are. Give at least four"
+            )
+        elif scout.is_believed:
             logger.info(
                 f"training rows have a higher excess loss than unseen validation rows with probability {found} "
                 "(one half: no difference)"
             )
+        if scout.is_believed:
             self.row_weights.score_rows(ids_R, loss_R, loss_R - reference_R)
         else:
             logger.warning(
@@ -209,6 +216,8 @@ class RowWeighting:
                 "one half is chance): it is not believed and all weights stay at one. Either the training rows are "
                 "all right, or give more validation rows, or change --scout_learning_rate or --scout_ratio"
             )
+            if self.refiner and self.args.refine_policy == "lowest":
+                logger.warning("no row is refined: with equal weights there is no lowest")
             self.row_weights.settle(ids_R, loss_R)
         self.reference.remember(ids_R, reference_R)
         if self.refiner and self.recorder:
@@ -222,7 +231,7 @@ class RowWeighting:
         Raises:
             GenerationError: no responses could be had and the settings say to stop. The state is as before the call.
         """
-        self._step = step
+        self._step, self._window = step, []  # what a failed step has left is void
         if self.refiner is None:
             return list(batches)
         if self.refiner.is_due(step):

@@ -723,3 +723,15 @@ def test_a_dataset_without_prompts_is_refused_when_the_trainer_is_made(bilevel, 
     texts = [[{"text": row["prompt"] + row["completion"]} for row in rows] for rows in (TRAIN, TRUSTED)]
     with pytest.raises(ValueError, match="no training row is a prompt with one response"):
         bilevel(*texts, **REFINING)
+
+
+def test_a_scout_that_is_not_believed_refines_nothing(bilevel, script, caplog):
+    """All weights are one: there is no lowest, and the first rows of the file are no worse than the others."""
+    generator = script()
+    rows = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(20, 60)]
+    with caplog.at_level(logging.WARNING):
+        trainer = bilevel(rows[::2], rows[1::2], max_steps=8, scout_ratio=1.0, scout_learning_rate=1e-2, **REFINING)
+        trainer.train()
+    assert not trainer.weighting.scout.is_believed and "no row is refined" in caplog.text
+    assert generator.num_calls == 0 and not trainer.weighting.refiner.buffer.rows
+    assert trainer.weighting.row_weights.all_weights().tolist() == [1.0] * 20

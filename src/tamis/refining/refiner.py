@@ -135,7 +135,13 @@ class Refiner:
             )
 
     def is_due(self, step: int) -> bool:
-        """Whether the responses are written anew before this optimizer step."""
+        """Whether the responses are written anew before this optimizer step.
+
+        Never where the rows with the lowest scores are wanted and the scout that should have scored them is not
+        believed: all scores are equal, and the first rows of the file would be rewritten for no reason.
+        """
+        if self.settings.policy == "lowest" and self.scout is not None and not self.scout.is_believed:
+            return False
         since = step - self._start
         return since >= 0 and since % self._every == 0 and step != self.last_refresh
 

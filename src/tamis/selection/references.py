@@ -6,7 +6,7 @@
 | `base`    | the model before training                            | one forward per row and run; 4 bytes a row     |
 | `tracked` | descends the weighted lower level alone, in parallel | a forward and backward of the lower rows a step |
 
-With LoRA `base` is the adapter as it was and `tracked` a second adapter; otherwise each copies the model.
+With LoRA `base` is the trained parameters as they were and `tracked` a second adapter; otherwise each copies the model.
 
 Shape suffixes: B training rows of a batch, N rows of the training dataset, T tokens.
 """

@@ -76,6 +76,10 @@ class RowWeights(ABC):
     def restart(self, example_ids_B: Tensor) -> None:
         """Rows whose response was replaced, so that what is known of them is void: weight one, never seen."""
 
+    def _forget(self, example_ids_B: Tensor) -> None:
+        self.num_updates_N[example_ids_B] = 0
+        self.last_loss_N[example_ids_B] = math.nan
+
     @abstractmethod
     def effective_sample_size(self) -> float:
         """``(sum w)^2 / sum w^2`` over all rows, between 1 and N."""
@@ -146,7 +150,7 @@ class ScoreWeights(RowWeights):
     def restart(self, example_ids_B: Tensor) -> None:
         """See `RowWeights`."""
         self.restore(example_ids_B, torch.full((len(example_ids_B),), self.table.neutral_score(example_ids_B)))
-        self.num_updates_N[example_ids_B] = 0
+        self._forget(example_ids_B)
 
     def effective_sample_size(self) -> float:
         """See `RowWeights`."""
@@ -282,6 +286,7 @@ class AdamWeights(ScoreWeights):
         """See `RowWeights`."""
         super().restore(example_ids_B, scores_B)
         self.first_moment_N[example_ids_B] = self.second_moment_N[example_ids_B] = 0.0  # of other responses
+        self._forget(example_ids_B)  # or the bias correction would be that of moments that are gone
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `RowWeights`."""
@@ -343,7 +348,7 @@ class StaticWeights(RowWeights):
     def restart(self, example_ids_B: Tensor) -> None:
         """See `RowWeights`."""
         self.restore(example_ids_B, torch.ones(len(example_ids_B)))
-        self.num_updates_N[example_ids_B] = 0
+        self._forget(example_ids_B)
 
     def effective_sample_size(self) -> float:
         """See `RowWeights`."""
