@@ -84,7 +84,7 @@ def main() -> None:
         for group, variant, settings in variants:
             method = Method(f"{group} {variant}", task.train_file, settings)
             row = run_method(method, task, folder, common)
-            last = right_responses(folder, method.name, task)[-1] if settings else {}
+            last = (right_responses(folder, method.name, task) or [{}])[-1] if settings else {}
             rows.append(
                 {
                     "group": group,

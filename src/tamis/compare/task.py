@@ -65,7 +65,10 @@ def right_responses(output_dir: Path, method_name: str, task: Task) -> list[dict
     ``share`` counts all responses alike, ``weighted_share`` each as much as it is trained on. ``length`` is the mean
     length of a response in letters, ``length_of_top`` that of the tenth of the rows with the highest weights.
     """
-    table = pq.read_table(run_dir(output_dir, method_name) / "refinements.parquet").to_pylist()
+    path = run_dir(output_dir, method_name) / "refinements.parquet"
+    if not path.is_file():
+        return []  # its scout was not believed, so no row was refined
+    table = pq.read_table(path).to_pylist()
     with open(task.train_file, encoding="utf-8") as file:
         truth = [json.loads(line)["right_answer"] for line in file]
     refreshes = []
