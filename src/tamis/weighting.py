@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
@@ -89,12 +89,6 @@ class RowWeighting:
         self.model, self.accelerator, self.batches = model, accelerator, batches
         self.processing_class, self.recorder = processing_class, recorder
         self.train_rows, self.train_dataset, self.validation_dataset = train_rows, train_dataset, validation_dataset
-        is_sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-        if is_sharded and (resolved.scout_ratio or args.refine_fraction):
-            raise ValueError(
-                "neither scouting nor refining works on a model sharded by DeepSpeed or FSDP: set --scout_ratio 0 and "
-                "--refine_fraction 0"
-            )
         self.row_weights: RowWeights = make_row_weights(
             selector or args.selector,
             len(train_rows),
@@ -172,9 +166,10 @@ class RowWeighting:
             if resume is None:
                 self._score_rows(self.scout, model, max_steps)
             elif self.refiner:
-                self.scout.load(Path(resume).parent / SCOUT_FILE)
-                if self.recorder:  # the run may go on in another folder, and be resumed from there
-                    self.scout.save(self.recorder.output_dir / SCOUT_FILE)
+                earlier = Path(resume).parent
+                self.scout.load(earlier / SCOUT_FILE)
+                if self.recorder and earlier.resolve() != self.recorder.output_dir.resolve():
+                    self.scout.save(self.recorder.output_dir / SCOUT_FILE)  # the run may be resumed from here
         if not self.refiner:
             self.scout = None  # no more rows to score: its parameters need not be kept
 
@@ -194,7 +189,7 @@ class RowWeighting:
         )
         logger.info(f"scouting: {settings.num_steps} steps on the validation rows, then all training rows are scored")
         loss_R, reference_R = scout.score(model, self.validation_dataset, self.train_dataset, settings)
-        ids_R = torch.tensor(self.train_dataset["example_id"][:])
+        ids_R = self.batches.training.ids
         stop_if_not_finite(loss_R - reference_R, lambda k: self._row_name(int(ids_R[k])), step=0)
         self.evidence = scout.evidence
         found = f"{scout.evidence.criterion:.3f} +- {scout.evidence.error:.3f}"
@@ -277,8 +272,9 @@ class RowWeighting:
                 reference_L = self.reference.losses(tensors, ids_L, known_L)
         excess_L = loss_L - reference_L
         stop_if_not_finite(excess_L, lambda k: self._row_name(rows.training_ids[k]), self._step)
-        log_prob_L = -loss_L * rows.num_tokens_B[:num_training]
-        coefficient_L = self.refiner.coefficients(rows, log_prob_L) if self.refiner else torch.ones(num_training)
+        coefficient_L = torch.ones(num_training)
+        if self.refiner:
+            coefficient_L = self.refiner.coefficients(rows, -loss_L * rows.num_tokens_B[:num_training])
         weights_L = self.row_weights.weights(ids_L, excess_L) * coefficient_L
         of_training = (ids_L, loss_L, excess_L, weights_L, rows.responses_L, coefficient_L)
         self._window.append((*of_training, loss_B[num_training:], rows.num_tokens_B))

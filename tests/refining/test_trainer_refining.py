@@ -631,6 +631,18 @@ def test_resuming_needs_the_scout(run, tmp_path):
         run("cut").train(resume_from_checkpoint=True)
 
 
+def test_the_scout_goes_along_to_another_folder(run, tmp_path):
+    with pytest.raises(Killed):
+        run("first", kill=3).train()
+    scout = (tmp_path / "first" / "scout.safetensors").read_bytes()
+    with pytest.raises(Killed):
+        run("second", kill=5).train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert (tmp_path / "second" / "scout.safetensors").read_bytes() == scout
+    resumed = run("second")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+
+
 def test_a_scout_of_another_model_is_refused(run, tmp_path):
     full, adapter = run("full").weighting.scout, run("lora", peft_config=True).weighting.scout
     full.parameters = full.base_parameters

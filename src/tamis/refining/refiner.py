@@ -177,7 +177,7 @@ class Refiner:
         responses, excess_R = self._measure({i: found for i, found in usable.items() if found})
         rows = {i: RefinedRow(step, original_score_N[i].item(), found) for i, found in responses.items()}
         self._swap(rows)
-        if self._is_scored_by_scout and rows:
+        if self._scoring_scout and rows:
             self._score(excess_R)
         self.last_refresh = step
         self.history = self._summary(statuses, completions, seconds) | {"refine/logprob_drift": drift}
@@ -235,12 +235,14 @@ class Refiner:
         for (i, completion), loss, reference in zip(flat, loss_R.tolist(), reference_R.tolist(), strict=True):
             log_prob = -loss * len(completion.token_ids)
             responses[i].append(Response(completion.token_ids, completion.log_prob, log_prob, reference))
-        is_scored = self.scout is not None and self._is_scored_by_scout
-        return responses, self.scout.losses(dataset) - reference_R if self.scout and is_scored else nothing_R
+        scout = self._scoring_scout
+        return responses, scout.losses(dataset) - reference_R if scout else nothing_R
 
     @property
-    def _is_scored_by_scout(self) -> bool:
-        return self.scout is not None and self.scout.is_believed and self.row_weights.is_settled
+    def _scoring_scout(self) -> Scout | None:
+        """The scout where it has scored the rows, and so scores their new responses."""
+        is_scored = self.scout is not None and self.scout.is_believed and self.row_weights.is_settled
+        return self.scout if is_scored else None
 
     def _score(self, excess_R: Tensor) -> None:
         """Score refined rows as the scout scored all rows, by the mean over their responses, each as it counts."""

@@ -201,6 +201,11 @@ class Scout:
         """Of the trainer."""
         return self.batches.accelerator
 
+    @property
+    def _validation_ids(self) -> Tensor:
+        assert self.batches.validation is not None, "checked by the settings"
+        return self.batches.validation.ids
+
     def score(
         self, model: nn.Module, validation_dataset: Dataset, train_dataset: Dataset, settings: ScoutSettings
     ) -> tuple[Tensor, Tensor]:
@@ -213,9 +218,8 @@ class Scout:
         with seeded(settings.seed, self.accelerator.device):
             self.evidence = self._evidence(model, validation_dataset, train_dataset, reference_R, settings)
             self.is_believed = self.evidence.is_believed
-            ids_V = torch.tensor(validation_dataset["example_id"][:])
             with put_back(self.model, self.base_parameters):
-                self._descend(model, ids_V, settings, settings.num_steps, "scouting")
+                self._descend(model, self._validation_ids, settings, settings.num_steps, "scouting")
                 loss_R = self._present_losses(train_dataset, "rows after scouting")
                 if self.keep:
                     self.parameters = trainable_parameters(self.model)
@@ -233,7 +237,7 @@ class Scout:
         num_rows = len(validation_dataset)
         if num_rows < _MIN_CHECKED:
             return Evidence(math.nan, math.nan)
-        ids_V = torch.tensor(validation_dataset["example_id"][:])
+        ids_V = self._validation_ids
         reference_V = self.reference_losses(validation_dataset)
         sample = permutation(len(train_dataset), settings.seed, epoch=0, level=0)[:_MAX_SAMPLE].sort().values
         training_rows = train_dataset.select(sample.tolist())
