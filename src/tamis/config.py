@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 # Scouts are gentle, so that the model learns what the validation rows want and keeps what it knew (LOG.md: on
 # SIGMORPHON, trained at 2e-3, a scout at 3e-4 ranked rows with AUROC 0.91, at 1e-3 with 0.84).
 _SCOUT_LEARNING_RATE_RATIO = 0.15
-# Step size of the scores: logits per standard deviation of the excess loss for `mirror`, logits for the Adam rules.
-DEFAULT_SELECTOR_LEARNING_RATE = {"mirror": 1.75, "softmax": 0.1, "sigmoid": 0.1}
+# Step size of the scores: logits per standard deviation of the excess loss for `mirror`, logits for the Adam rules (the
+# rate of SEAL's example, for either map).
+DEFAULT_SELECTOR_LEARNING_RATE = {"mirror": 1.75, "softmax": 5e-3, "sigmoid": 5e-3}
 # Not for a replay: a secret, where an earlier run was taken up, and what `config.yaml` tells of the run it came from.
 _NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "run_info")
 
@@ -105,9 +106,9 @@ class BilevelConfig(SFTConfig):
     # > Parameters that control the selection
     selector: Literal["mirror", "softmax", "sigmoid", "bmo", "column", "none"] = setting(
         "mirror",
-        "How losses become row weights: 'mirror', 'softmax' and 'sigmoid' (Adam on logits, lazy variant of the "
-        "published rules), 'bmo' (closed form), 'column' (a static weight column, no validation dataset needed) or "
-        "'none' (direct mixing).",
+        "How losses become row weights: 'mirror', 'softmax' and 'sigmoid' (SEAL's rule: Adam on the logits of all "
+        "rows), 'bmo' (closed form), 'column' (a static weight column, no validation dataset needed) or 'none' "
+        "(direct mixing).",
     )
     score_map: ScoreMap | None = setting(
         None,
@@ -117,7 +118,7 @@ class BilevelConfig(SFTConfig):
     selector_learning_rate: float | None = setting(
         None,
         "Step size of the scores: logits per standard deviation of the excess loss for 'mirror' (default 1.75), "
-        "logits for 'softmax' and 'sigmoid' (default 0.1).",
+        "logits for 'softmax' and 'sigmoid' (default 0.005).",
     )
     bmo_temperature: float = setting(0.5, "Temperature of the selector 'bmo', in nats per token; smaller is sharper.")
     reference: Literal["zero", "base", "tracked"] = setting(

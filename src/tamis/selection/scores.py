@@ -87,6 +87,11 @@ class ScoreTable:
         if overflow or cancelled or self.num_stale >= len(self):
             self._recompute()
 
+    def set_all(self, score_N: Tensor) -> None:
+        """Replace the scores of all rows, in O(N). Those of excluded rows stay minus infinity."""
+        self.score_N = score_N
+        self._recompute()
+
     def effective_sample_size(self) -> float:
         """``(sum w)^2 / sum w^2`` over all rows, between 1 and N."""
         return (self.sums[0] ** 2 / self.sums[1]).item()

@@ -10,8 +10,8 @@ Shape suffixes: B rows of a batch, R rows that a scout has measured.
 |-----------|---------------------------------------|----------------------------------|-------------------------|
 | `mirror`  | falls by the standardised excess loss | map(s), this step's loss counted | our derivation          |
 | `bmo`     | -e / temperature, no memory           | map(s), this step's loss counted | 2511.21056, closed form |
-| `softmax` | lazy Adam on logits                   | N * softmax(s)                   | after 2511.21056        |
-| `sigmoid` | lazy Adam on logits                   | sigmoid(s) / mean                | after 2406.19976        |
+| `softmax` | Adam on the logits of all rows        | N * softmax(s)                   | SEAL, 2410.07471        |
+| `sigmoid` | Adam on the logits of all rows        | sigmoid(s) / mean                | SEAL's code             |
 | `column`  | none                                  | a column of the dataset / mean   | weighted SFT            |
 | `none`    | none                                  | 1                                | direct mixing           |
 
