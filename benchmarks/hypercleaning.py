@@ -119,6 +119,7 @@ class Method:
     scout_ratio: float = 0.0
     scout_learning_rate: float = 0.015
     learning_rate: float = 0.03
+    reference: float = math.log(10)  # loss of a model at zero, everywhere; 0 for the reference `zero`
     rows: str = "all"  # or "right": the oracle's
 
 
@@ -134,8 +135,8 @@ class VPbgd:
 METHODS = {
     "tamis": Method("mirror", scout_ratio=0.25),
     "tamis_bmo": Method("bmo", bmo_temperature=0.25),
-    "softmax_adam": Method("softmax", selector_learning_rate=0.02),
-    "sigmoid_adam": Method("sigmoid", selector_learning_rate=0.5),
+    "softmax_adam": Method("softmax", rho=0.8, reference=0.0),
+    "sigmoid_adam": Method("sigmoid", rho=0.8, reference=0.0),
     "v_pbgd": VPbgd(),
     "validation_only": Method(rho=1.0),
     "plain": Method(rho=0.0),
@@ -152,8 +153,8 @@ ALTERNATIVES = {
         "scout_ratio": (0.0,),
     },
     "tamis_bmo": {"learning_rate": (0.1,), "rho": (0.65, 0.8), "bmo_temperature": (0.5, 1.0), "scout_ratio": (0.25,)},
-    "softmax_adam": {"learning_rate": (0.1,), "rho": (0.65, 0.8), "selector_learning_rate": (0.1, 0.5)},
-    "sigmoid_adam": {"learning_rate": (0.1,), "rho": (0.65, 0.8), "selector_learning_rate": (0.02, 0.1)},
+    "softmax_adam": {"learning_rate": (0.1,), "rho": (0.5, 0.65), "selector_learning_rate": (0.001, 0.02)},
+    "sigmoid_adam": {"learning_rate": (0.1,), "rho": (0.5, 0.65), "selector_learning_rate": (0.001, 0.02)},
     "v_pbgd": {"learning_rate": (0.1,), "gamma": (0.2,), "x_learning_rate": (0.0004, 1.0)},
     "validation_only": {"learning_rate": (0.1,)},
 }
@@ -193,7 +194,7 @@ def scout(row_weights: SelectorWeights, world: World, seed: int, num_steps: int,
 
 
 def train(method: Method, world: World, seed: int, num_steps: int) -> dict[str, float]:
-    """Train with one of the package's selectors, reference `base`: the loss of a model at zero is log 10 everywhere."""
+    """Train with one of the package's selectors, reference `base`, or `zero` as published for SEAL's rules."""
     is_used = world.is_right if method.rows == "right" else torch.ones_like(world.is_right)
     (images, labels), (upper_images, upper_labels) = (part[is_used] for part in world.train), world.validation
     row_weights = make_row_weights(
@@ -215,7 +216,7 @@ def train(method: Method, world: World, seed: int, num_steps: int) -> dict[str, 
             torch.cat([images[rows_L], upper_images[rows_U]]), torch.cat([labels[rows_L], upper_labels[rows_U]])
         )
         loss_L = loss_B[:BATCH_SIZE].detach()
-        excess_L = loss_L - math.log(10)
+        excess_L = loss_L - method.reference
         coefficients_B = row_coefficients(row_weights.weights(rows_L, excess_L), method.rho, share_B)
         model.descend((coefficients_B * loss_B).sum(), method.learning_rate * (1 - step / num_steps))
         row_weights.update(rows_L, loss_L, excess_L)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from common import DATA, finish, make_parser, skip_without_data
 
-from tamis.compare.methods import compare_methods
-from tamis.compare.table import format_table
+from tamis.compare.methods import SEAL, compare_methods
+from tamis.compare.table import TRUSTED_ALONE, best_variants, format_table
 from tamis.compare.task import Task
 from tamis.demo.world import build_model, build_tokenizer, pretrain
 
@@ -31,6 +31,8 @@ SETTINGS = {
     "per_device_eval_batch_size": 250, "logging_steps": 100, "save_strategy": "no", "max_length": 128,
     "report_to": "none", "bf16": False, "activation_checkpointing": False, "use_cpu": True,
 }  # fmt: skip
+# Of the figures over seeds, by group of methods.
+PREFIXES = {"tamis": "", SEAL: "seal_", "SEAL, top 80%": "seal_top80_", TRUSTED_ALONE: "trusted_alone_"}
 NEVER = "-"  # no tags begin like this
 Row = tuple[str, str, str]  # lemma, form, tags
 
@@ -139,7 +141,7 @@ def main() -> None:
     skip_without_data("sigmorphon2017")
     pretrain_steps = 20 if arguments.quick else PRETRAIN_STEPS
 
-    all_rows = []
+    all_rows, shown = [], []
     for seed in arguments.seeds:
         folder = arguments.output_dir / f"seed{seed}"
         task = make_task(folder / "task", seed, pretrain_steps)
@@ -147,10 +149,11 @@ def main() -> None:
         rows = compare_methods(task, folder, common, RHOS)
         print(f"seed {seed}\n{format_table(rows)}", flush=True)
         all_rows += [row | {"seed": seed} for row in rows]
+        shown += best_variants(rows)
 
     aggregates = {}
-    for name, prefix in (("tamis", ""), ("softmax, lazy Adam", "softmax_"), ("validation only", "validation_only_")):
-        rows = [row for row in all_rows if row["method"] == name]
+    for group, prefix in PREFIXES.items():
+        rows = [row for row in shown if row["group"] == group]
         for figure in ("gap_closure", "gap_closure_loss"):
             aggregates[prefix + figure] = [row[figure] for row in rows]
         if rows[0]["selection_auroc"] is not None:

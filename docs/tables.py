@@ -5,23 +5,25 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; its results ar
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from tamis.compare.table import best_variants
 
 ROOT = Path(__file__).resolve().parents[1]
 BOLD = ("tamis", "tamis, refining")
 
 
 def demo_table(rows: list[dict[str, Any]]) -> str:
-    """One line per method of `tamis demo`; of direct mixing the best one."""
-    mixing = max((row for row in rows if row["method"].startswith("mixing")), key=lambda row: row["test_accuracy"])
+    """One line per method of `tamis demo`, of a group of variants the best."""
+    num_variants = Counter(row["group"] for row in rows)
     lines = ["| method | exact match | loss | gap closed | AUROC | seconds |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        if row["method"].startswith("mixing") and row is not mixing:
-            continue
-        name = "direct mixing (best of 4 rho)" if row is mixing else row["method"]
+    for row in best_variants(rows):
+        found = num_variants[row["group"]]
+        name = row["method"] if found == 1 else f"{row['group']} (best of {found})"
         auroc = "" if row["selection_auroc"] is None else f"{row['selection_auroc']:.3f}"
-        values = [f"{row['test_accuracy']:.3f}", f"{row['test_loss']:.3f}", f"{row['gap_closure'] + 0.0:.2f}", auroc]
+        values = [f"{row['test_accuracy']:.3f}", f"{row['test_loss']:.3f}", f"{row['gap_closure']:.2f}", auroc]
         if row["method"] in BOLD:
             name, values = f"**{name}**", [f"**{value}**" if value else "" for value in values]
         lines.append(f"| {' | '.join([name, *values, str(round(row['seconds']))])} |")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tamis.compare.table import add_gap_closures
+from tamis.compare.table import MIXING, TRUSTED_ALONE, add_gap_closures, best_variants
 from tamis.metrics import auroc, gap_closure
 
 
@@ -27,23 +27,44 @@ def test_auroc_needs_both_kinds():
 
 
 def test_gap_closure_of_losses_and_accuracies():
-    assert gap_closure(mixing=0.5, method=0.9, oracle=0.9) == pytest.approx(1.0)
-    assert gap_closure(mixing=0.5, method=0.4, oracle=0.9) == pytest.approx(-0.25)
-    assert gap_closure(mixing=2.0, method=1.25, oracle=1.0) == pytest.approx(0.75)
+    assert gap_closure(baseline=0.5, method=0.9, oracle=0.9) == pytest.approx(1.0)
+    assert gap_closure(baseline=0.5, method=0.4, oracle=0.9) == pytest.approx(-0.25)
+    assert gap_closure(baseline=2.0, method=1.25, oracle=1.0) == pytest.approx(0.75)
     assert gap_closure(0.5, 0.6, 0.5) is None
+    assert str(gap_closure(0.5, 0.5, 0.9)) == "0.0"
 
 
-def test_gap_closures_are_measured_from_the_best_mixing_of_each_figure():
-    def row(method, accuracy, loss):
-        return {"method": method, "test_accuracy": accuracy, "test_loss": loss}
+def comparison(**trusted_alone) -> list[dict]:
+    def row(method, accuracy, loss, group=None):
+        return {"method": method, "group": group or method, "test_accuracy": accuracy, "test_loss": loss}
 
-    rows = [
-        row("mixing rho=0.1", 0.6, 1.0),
-        row("mixing rho=0.5", 0.5, 0.8),
+    return [
+        row("plain SFT", 0.9, 0.1),
+        row(TRUSTED_ALONE, trusted_alone["accuracy"], trusted_alone["loss"]),
+        row("mixing rho=0.1", 0.6, 1.0, MIXING),
+        row("mixing rho=0.5", 0.5, 0.8, MIXING),
         row("tamis", 0.8, 0.6),
         row("oracle", 1.0, 0.4),
     ]
+
+
+def test_gap_closures_are_measured_from_the_best_mixing_of_each_figure():
+    rows = comparison(accuracy=0.1, loss=2.0)
     add_gap_closures(rows)
-    assert rows[2]["gap_closure"] == pytest.approx(0.5)
-    assert rows[2]["gap_closure_loss"] == pytest.approx(0.5)
-    assert rows[0]["gap_closure_loss"] == pytest.approx(-0.5)
+    assert rows[4]["gap_closure"] == pytest.approx(0.5)
+    assert rows[4]["gap_closure_loss"] == pytest.approx(0.5)
+    assert rows[2]["gap_closure_loss"] == pytest.approx(-0.5)
+
+
+def test_gap_closures_are_measured_from_the_trusted_rows_alone_where_these_are_better():
+    rows = comparison(accuracy=0.75, loss=0.9)
+    add_gap_closures(rows)
+    assert rows[1]["gap_closure"] == 0
+    assert rows[4]["gap_closure"] == pytest.approx(0.2)
+    assert rows[4]["gap_closure_loss"] == pytest.approx(0.5), "the loss of mixing is the better one"
+    assert rows[5]["gap_closure"] == 1
+
+
+def test_of_variants_the_most_accurate_is_shown():
+    names = [row["method"] for row in best_variants(comparison(accuracy=0.1, loss=2.0))]
+    assert names == ["plain SFT", TRUSTED_ALONE, "mixing rho=0.1", "tamis", "oracle"]

@@ -23,9 +23,9 @@ def auroc(scores: ArrayLike, is_positive: ArrayLike) -> float | None:
     return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
-def gap_closure(mixing: float, method: float, oracle: float) -> float | None:
-    """``(mixing - method) / (mixing - oracle)``: 0 is as good as direct mixing, 1 as good as knowing the clean rows.
+def gap_closure(baseline: float, method: float, oracle: float) -> float | None:
+    """``(baseline - method) / (baseline - oracle)``: 0 is as good as the baseline, 1 as good as knowing the clean rows.
 
     The same for losses and accuracies. None if there is no gap to close.
     """
-    return (mixing - method) / (mixing - oracle) if mixing != oracle else None
+    return (baseline - method) / (baseline - oracle) + 0.0 if baseline != oracle else None  # + 0.0: no minus zero

@@ -56,8 +56,16 @@ class DataArguments:
         return datasets
 
 
-def train(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> dict[str, float]:
+def train(
+    data: DataArguments,
+    args: BilevelConfig,
+    model_args: ModelConfig,
+    trainer_class: type[BilevelTrainer] = BilevelTrainer,
+) -> dict[str, float]:
     """One run of `tamis train`: loads and checks the rows, trains, saves; returns the metrics of the held-out rows.
+
+    Args:
+        trainer_class: another one, where a method of a comparison is more than settings.
 
     Raises:
         ValueError: an input cannot work; see `tamis.data`, `tamis.rows` and `BilevelConfig.check`.
@@ -86,7 +94,7 @@ def train(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> 
         "dtype": model_args.dtype,
         **(given or {}),
     }
-    trainer = BilevelTrainer(
+    trainer = trainer_class(
         model_args.model_name_or_path,
         args,
         **datasets,

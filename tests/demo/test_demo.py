@@ -7,7 +7,7 @@ import pytest
 import tamis.compare.methods
 import tamis.demo.run
 from tamis.cli import main
-from tamis.compare.methods import REFINING
+from tamis.compare.methods import REFINING, SEAL
 from tamis.demo.run import MIXING_RHOS
 from tamis.demo.world import make_world
 
@@ -26,12 +26,13 @@ def test_the_demo_writes_table_and_picture_and_does_not_repeat_itself(small_worl
     table = capfd.readouterr().out
     rows = json.loads((tmp_path / "demo" / "comparison.json").read_text())
     names = [row["method"] for row in rows]
-    assert len(rows) == 6 + len(MIXING_RHOS)
-    assert {"plain SFT", "validation only", "softmax, lazy Adam", "tamis", REFINING, "oracle (right rows)"} < set(names)
-    keys = {"method", "test_loss", "test_accuracy", "gap_closure", "selection_auroc", "seconds"}
+    assert len(rows) == 8 + len(MIXING_RHOS)
+    assert {"plain SFT", "trusted rows alone", SEAL, "SEAL, top 80%", "tamis", REFINING} < set(names)
+    assert names[-1] == "oracle (right rows)"
+    keys = {"method", "group", "test_loss", "test_accuracy", "gap_closure", "selection_auroc", "seconds"}
     for row in rows:
         assert keys <= set(row)
-        assert (row["selection_auroc"] is not None) == (row["method"] in ("tamis", REFINING, "softmax, lazy Adam"))
+        assert (row["selection_auroc"] is not None) == (row["method"] in ("tamis", REFINING, SEAL))
         assert row["method"] in table
     assert (tmp_path / "demo" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "demo" / "runs" / "tamis" / "weights.parquet").is_file()

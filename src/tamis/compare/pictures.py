@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tamis.compare.methods import REFINING
+from tamis.compare.methods import REFINING, SEAL
+from tamis.compare.table import best_variants
 from tamis.compare.task import Task, learned_weights, right_responses, run_dir
 from tamis.files import write_atomically
 
@@ -19,10 +20,7 @@ def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) ->
     import matplotlib.pyplot as plt
 
     figure, (curves, *histograms, shares) = plt.subplots(1, 4, figsize=(19, 4.2), layout="constrained")
-    best = max((row for row in rows if row["method"].startswith("mixing")), key=lambda row: row["test_accuracy"])
-    for row in rows:
-        if row["method"].startswith("mixing") and row is not best:
-            continue
+    for row in best_variants(rows):
         with open(run_dir(output_dir, row["method"]) / "metrics.jsonl", encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
         points = {r["step"]: r["eval_teacher_forced_match"] for r in records if "eval_teacher_forced_match" in r}
@@ -30,7 +28,7 @@ def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) ->
         curves.plot(list(points), list(points.values()), label=row["method"], linewidth=width)
     curves.set(xlabel="training step", ylabel="exact match on held-out rows", title="Learning curves")
     curves.legend(fontsize=8)
-    for axes, name in zip(histograms, ("softmax, lazy Adam", "tamis"), strict=True):
+    for axes, name in zip(histograms, (SEAL, "tamis"), strict=True):
         weights, is_right = learned_weights(output_dir, name, task)
         bins = np.linspace(0, weights.max() * 1.001, 40)
         for label, mask, colour in (("right rows", is_right, "tab:green"), ("wrong rows", ~is_right, "tab:red")):
