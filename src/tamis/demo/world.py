@@ -1,4 +1,4 @@
-"""The demo's world, made on the spot: a tiny base model, doubtful rows, trusted rows, held-out rows, and the truth.
+"""The world of strings, made on the spot: a tiny base model, doubtful rows, trusted rows, held-out rows, and the truth.
 
 Questions are operations on words of five letters, `<reverse>abcde=`. A wrong answer is the right one begun a letter too
 late, `dcbae` for `edcba`. The base model is pretrained for a moment on right and wrong answers in equal parts: it is
@@ -6,22 +6,15 @@ undecided between the two habits, and not very good at either. The training rows
 Every file follows from the seed.
 """
 
-import json
 import random
-import shutil
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import SFTConfig, SFTTrainer
-
 from tamis.compare.task import Task
-from tamis.files import write_atomically
-from tamis.progress import ProgressCallback, use_progress
+from tamis.demo.base_model import build_model, build_tokenizer, pretrain
+from tamis.demo.folder import close_world, open_world, write_rows
 
 WORLD_VERSION = 2
 LETTERS = string.ascii_lowercase[:12]
@@ -93,90 +86,6 @@ def draw_rows(
     return rows
 
 
-def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Characters, and `<...>` as one symbol; the vocabulary is what occurs in ``texts``, in sorted order."""
-    splitter = pre_tokenizers.Split(Regex(r"<[^<>]*>|[^<]"), "isolated")
-    symbols = {symbol for text in texts for symbol, _ in splitter.pre_tokenize_str(text)}
-    vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<eos>", "<unk>", *sorted(symbols)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.Fuse()  # symbols are joined without spaces
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, num_layers: int, seed: int
-) -> LlamaForCausalLM:
-    """A Llama with random weights: 4 heads, MLP three times as wide as the model, tied embeddings, 128 positions."""
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
-
-
-class PlainTrainer(SFTTrainer):
-    """TRL's `SFTTrainer` that tells nobody about the run and shows one bar."""
-
-    def _send_telemetry(self) -> None:
-        pass
-
-    def train_with_bar(self, title: str) -> None:
-        """Train, with a progress bar of that name instead of printed logs."""
-        use_progress(self, ProgressCallback(title))
-        self.train()
-
-
-def pretrain(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    pairs: list[dict[str, str]],
-    model_dir: Path,
-    *,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-) -> None:
-    """Plain SFT of ``model`` on prompt and completion pairs, saved with its tokenizer to ``model_dir`` when done."""
-    temporary = model_dir.with_name(model_dir.name + ".unfinished")
-    args = SFTConfig(
-        str(temporary),
-        max_steps=num_steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=min(100, num_steps // 4),
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        bf16=False,
-        use_cpu=True,
-        activation_checkpointing=False,
-        gradient_checkpointing=None,  # type: ignore[arg-type]
-        seed=seed,
-    )
-    trainer = PlainTrainer(model, args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
-    trainer.train_with_bar("pretraining the base model")
-    trainer.save_model()
-    shutil.rmtree(model_dir, ignore_errors=True)
-    temporary.rename(model_dir)
-
-
 def make_world(
     output_dir: str | Path,
     *,
@@ -210,12 +119,8 @@ def make_world(
         pretrain_steps = 1600 if scenario == "bad_kinds" else 400
     folder = Path(output_dir)
     parameters = {"version": WORLD_VERSION, **{k: v for k, v in locals().items() if k not in ("output_dir", "folder")}}
-    fingerprint = json.dumps(parameters, sort_keys=True)
-    task = Task.in_folder(folder, fingerprint)
-    manifest = folder / "world.json"
-    if manifest.is_file():
-        if manifest.read_text(encoding="utf-8") != fingerprint:
-            raise ValueError(f"{folder} holds another world: delete it or choose another folder")
+    task, is_there = open_world(folder, parameters)
+    if is_there:
         return task
 
     families = SCENARIOS[scenario]
@@ -227,13 +132,13 @@ def make_world(
     validation = draw_rows(families, num_validation, all_right, taken, rng)
     train = draw_rows(families, num_train, train_fraction, taken, rng)
     pretraining = draw_rows(families, 2 * num_train, pretraining_fraction, taken, rng)
-    _write(task.train_file, train)
+    write_rows(task.train_file, train)
     clean = [row for row in train if row["is_right"]]
     if "bad" in families:
         clean = [row | {"completion": row["right_answer"], "is_right": True} for row in train]
-    _write(task.clean_file, clean)
-    _write(task.validation_file, validation)
-    _write(task.eval_file, evaluation)
+    write_rows(task.clean_file, clean)
+    write_rows(task.validation_file, validation)
+    write_rows(task.eval_file, evaluation)
 
     pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in pretraining]
     symbols = [f"<{name}>" for family in dict.fromkeys(families) for name in FAMILIES[family]]
@@ -242,10 +147,5 @@ def make_world(
     pretrain(
         model, tokenizer, pairs, task.model_dir, num_steps=pretrain_steps, batch_size=64, learning_rate=3e-3, seed=seed
     )
-    write_atomically(manifest, lambda path: path.write_text(fingerprint, encoding="utf-8"))
+    close_world(folder, task)
     return task
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
