@@ -17,7 +17,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig
 
-from tamis.demo.world import PlainTrainer
+from tamis.demo.base_model import PlainTrainer
 from tamis.files import write_atomically
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

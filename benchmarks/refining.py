@@ -26,11 +26,11 @@ from tamis.files import write_atomically
 
 SCENARIOS = ("bad_kinds", "half_wrong", "sigmorphon")
 RHOS = (0.1, 0.3, 0.8)
-# About the share of wrong answers, which a user would guess from a look at some rows; longest answers.
+# The rows that are rather wrong than right; longest answers.
 REFINING_SETTINGS = {
-    "bad_kinds": {"refine_fraction": 0.7, "max_new_tokens": 8, "generation_batch_size": 256},
-    "half_wrong": {"refine_fraction": 0.5, "max_new_tokens": 8, "generation_batch_size": 256},
-    "sigmorphon": {"refine_fraction": 0.7, "max_new_tokens": 30, "generation_batch_size": 256},
+    "bad_kinds": {"refine_fraction": "auto", "max_new_tokens": 8, "generation_batch_size": 256},
+    "half_wrong": {"refine_fraction": "auto", "max_new_tokens": 8, "generation_batch_size": 256},
+    "sigmorphon": {"refine_fraction": "auto", "max_new_tokens": 30, "generation_batch_size": 256},
 }
 
 

@@ -27,7 +27,7 @@ DEFAULT = "default"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "R": {f"{value:g}": {"refine_fraction": value} for value in (0.25, 0.5, 0.9)},
     "G": {str(value): {"num_generations": value} for value in (1, 2, 8)},
-    "tau": {f"{value:g}": {"response_temperature": value} for value in (1.0, 0.5, 0.05)},
+    "tau": {f"{value:g}": {"response_temperature": value} for value in (0.5, 0.15, 0.05)},
     "ratio": {
         "sequence, tau 0.5": {"ratio_level": "sequence", "response_temperature": 0.5},
         "uniform": {"response_weighting": "uniform"},

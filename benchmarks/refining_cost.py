@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from tamis import BilevelConfig, BilevelTrainer
-from tamis.demo.world import build_model, build_tokenizer
+from tamis.demo.base_model import build_model, build_tokenizer
 from tamis.losses import evaluation_mode
 from tamis.refining.generation import SamplingSettings, TransformersGenerator
 

@@ -20,7 +20,7 @@ from common import DATA, finish, make_parser, skip_without_data
 from tamis.compare.methods import SEAL, compare_methods
 from tamis.compare.table import TRUSTED_ALONE, best_variants, format_table
 from tamis.compare.task import Task
-from tamis.demo.world import build_model, build_tokenizer, pretrain
+from tamis.demo.base_model import build_model, build_tokenizer, pretrain
 
 LANGUAGES = ("english", "spanish", "turkish", "german")
 NUM_VALIDATION, NUM_TRAIN = 200, 4000

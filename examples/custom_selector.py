@@ -14,8 +14,6 @@ class ThresholdSelector(Selector):
         step: in logits.
     """
 
-    can_scout = True  # `--scout_ratio` may score all rows at once, before training
-
     def __init__(self, limit: float = 0.0, step: float = 2.0):
         self.limit, self.step = limit, step
 
@@ -24,4 +22,4 @@ class ThresholdSelector(Selector):
         return score_B - self.step * torch.where(excess_B > self.limit, 1.0, -1.0)
 
 
-# trainer = BilevelTrainer(model, BilevelConfig(output_dir="run", scout_ratio=0.25), selector=ThresholdSelector(), ...)
+# trainer = BilevelTrainer(model, BilevelConfig(output_dir="run"), selector=ThresholdSelector(), ...)

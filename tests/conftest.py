@@ -9,12 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from scripted import Script, letters
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tamis import BilevelConfig, BilevelTrainer
+from tamis.refining.generation import TransformersGenerator
 
 datasets.disable_progress_bars()
 
@@ -34,6 +36,8 @@ PLAIN = {
     "learning_rate": 1e-3,
     "per_device_train_batch_size": 4,
 }
+# One trial of a scout, instead of three rates and two lengths.
+ONE_TRIAL = {"scout_learning_rate": 1e-2, "scout_epochs": 8}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -77,13 +81,17 @@ def model_dir(tmp_path_factory) -> str:
 
 @pytest.fixture
 def bilevel(model_dir, tmp_path):
-    """Make a `BilevelTrainer` on the tiny model; ``output_dir`` is a folder of the test's own unless given."""
+    """Make a `BilevelTrainer` on the tiny model; ``output_dir`` is a folder of the test's own unless given.
+
+    A scout is tried at one rate and length unless others are given.
+    """
 
     def make(train, validation=None, evaluation=None, *, model=None, peft_config=None, callbacks=None, **settings):
         given = {name: settings.pop(name) for name in ("processing_class",) if name in settings}
         if not isinstance(settings.get("selector", ""), str):
             given["selector"] = settings.pop("selector")
-        args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | settings)
+        trials = ONE_TRIAL if settings.get("selector", "scout") == "scout" and "selector" not in given else {}
+        args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | trials | settings)
         return BilevelTrainer(
             model or model_dir,
             args,
@@ -107,6 +115,44 @@ def sft(model_dir, tmp_path):
         return SFTTrainer(model_dir, args, train_dataset=Dataset.from_list(train), callbacks=callbacks)
 
     return make
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Give all trainers that are made from now on these completions."""
+
+    def use(completion=letters, **failure) -> Script:
+        generator = Script(completion, **failure)
+        monkeypatch.setattr("tamis.weighting.make_generator", generator.make)
+        return generator
+
+    return use
+
+
+@pytest.fixture(scope="session")
+def talkative_model(tmp_path_factory) -> str:
+    """The tiny model with a head that is not flat; letters close its completions, so that most of them end."""
+    path = tmp_path_factory.mktemp("talkative_model")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    model.lm_head.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *token_ids("abcdefghijklmn")]
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """How many prompts each call of the real generator completed."""
+    calls, generate = [], TransformersGenerator.generate
+
+    def counted(self, prompts, num_generations, seed):
+        calls.append(len(prompts))
+        return generate(self, prompts, num_generations, seed)
+
+    monkeypatch.setattr(TransformersGenerator, "generate", counted)
+    return calls
 
 
 class GradientRecorder(TrainerCallback):
@@ -158,6 +204,24 @@ def pairs(num_rows: int, start: int = 0, wrong: bool = False) -> list[dict[str, 
         answer = f"{i}x" if wrong else f"{2 * i}"
         rows.append({"prompt": f"{i}=", "completion": answer + "a" * (i % 4)})
     return rows
+
+
+def two_kinds(letters: str = "ab", num_rows: int = 12) -> tuple[list[dict[str, str]], ...]:
+    """Right rows, wrong rows and validation rows: numbers of two digits in no order, all with an answer by kind.
+
+    So a row is known by its answer and by nothing else, and a scout tells the kinds apart after a moment.
+    """
+
+    def rows(start: int, letter: str) -> list[dict[str, str]]:
+        places = range(start, start + num_rows)
+        return [{"prompt": f"{10 + 37 * k % 90}=", "completion": letter * (1 + k % 3)} for k in places]
+
+    return rows(0, letters[0]), rows(num_rows, letters[1]), rows(2 * num_rows, letters[0])
+
+
+def worth(p_right: torch.Tensor) -> torch.Tensor:
+    """What a row counts that is right with this probability, by the default selector: its weight but for the mean."""
+    return p_right.square()
 
 
 def token_ids(text: str) -> list[int]:

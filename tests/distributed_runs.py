@@ -6,22 +6,24 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import PLAIN, lora, pairs
+from conftest import ONE_TRIAL, PLAIN, lora, pairs, two_kinds
 from datasets import Dataset, disable_progress_bars
 
 from tamis import BilevelConfig, BilevelTrainer
 
 # Plain gradient descent: Adam would blow rounding of tiny gradients up to whole steps. 19 rows: the last step of an
 # epoch has fewer rows than the others, and of unlike numbers on the two ranks. A soft rule keeps rounding small.
-COMMON = {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2.0, "selector_learning_rate": 0.1}
+COMMON = {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2.0}
 REFINING = {"refine_fraction": 0.5, "refine_start": 0, "refine_every": 2, "num_generations": 2, "max_new_tokens": 4}
+FOLLOWING = {"selector": "mirror", "selector_learning_rate": 0.1}
 RUNS = {
-    "scores follow the steps": {"scout_ratio": 0.0},
-    "scouted": {"scout_ratio": 0.5, "scout_learning_rate": 1e-3},
-    "tokens, accumulation": {"scout_ratio": 0.0, "loss_reduction": "token", "gradient_accumulation_steps": 2},
-    "tracked": {"reference": "tracked", "reference_learning_rate": 1e-4},
-    "lora": {"scout_ratio": 0.0, "peft_config": True},
-    "refining": {"scout_ratio": 0.0, **REFINING},
+    "scores follow the steps": FOLLOWING,
+    "scouted": ONE_TRIAL,
+    "tokens, accumulation": FOLLOWING | {"loss_reduction": "token", "gradient_accumulation_steps": 2},
+    "tracked": FOLLOWING | {"reference": "tracked", "reference_learning_rate": 1e-4},
+    "lora": FOLLOWING | {"peft_config": True},
+    "refining": FOLLOWING | REFINING,
+    "scouted, refining": ONE_TRIAL | REFINING,
 }
 METRICS = (
     "loss", "grad_norm", "training_loss", "weighted_training_loss", "validation_loss", "penalty_gap", "rho", "ess",
@@ -37,12 +39,16 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
     peft_config = lora() if settings.pop("peft_config", False) else None
     torch.manual_seed(0)
     args = BilevelConfig(output_dir=str(folder), **PLAIN | settings, eval_strategy="epoch", **backend)
+    train, validation = pairs(10) + pairs(9, 50, wrong=True), pairs(6, 90)
+    if args.selector == "scout":
+        right, wrong, validation = two_kinds()
+        train = right[:10] + wrong[:9]
     trainer = BilevelTrainer(
         model_dir,
         args,
-        train_dataset=Dataset.from_list(pairs(10) + pairs(9, 50, wrong=True)),
-        validation_dataset=Dataset.from_list(pairs(6, 90)),
-        eval_dataset=Dataset.from_list(pairs(5, 70)),
+        train_dataset=Dataset.from_list(train),
+        validation_dataset=Dataset.from_list(validation),
+        eval_dataset=Dataset.from_list(pairs(5, 100)),
         peft_config=peft_config,
     )
     trainer.train()
@@ -54,7 +60,10 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
         "weights": weighting.row_weights.all_weights().tolist(),
         "num_updates": weighting.row_weights.num_updates_N.tolist(),
         "parameters": {n: p.tolist() for n, p in trainer.model.named_parameters() if p.requires_grad},
-        "evidence": weighting.evidence and [weighting.evidence.criterion, weighting.evidence.error],
+        "p_right": weighting.row_weights.p_right_N().nan_to_num(-1).tolist(),
+        "trials": weighting.outcome and [
+            [t.evidence, t.criterion, t.error, *t.rank_V] for t in weighting.outcome.trials
+        ],
         "responses": weighting.refiner and {
             i: [r.token_ids for r in row.responses] for i, row in weighting.refiner.buffer.rows.items()
         },

@@ -26,7 +26,7 @@ ROWS = {"train_dataset": "abc", "validation_dataset": "def", "eval_dataset": "gh
 
 
 def identity(tmp_path, rows=ROWS, selector="mirror", num_ranks=1, **settings):
-    args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | settings)
+    args = BilevelConfig(**{"output_dir": str(tmp_path / "run"), "selector": selector} | PLAIN | settings)
     return identify(args, args.resolve(), rows, selector, num_ranks)
 
 
@@ -46,11 +46,10 @@ def test_the_state_comes_back_bit_for_bit(tmp_path):
         ({"score_map": "softmax"}, "score_map: bounded -> softmax"),
         ({"selector": "bmo"}, "selector: mirror -> bmo"),
         ({"selector_learning_rate": 1.0}, "selector_learning_rate: 1.75 -> 1.0"),
-        ({"scout_ratio": 0.0}, "scout_ratio: 0.25 -> 0.0"),
         ({"reference": "zero"}, "reference: base -> zero"),
-        ({"rho": 0.3}, "rho: 0.5 -> 0.3"),
+        ({"rho": 0.3}, "rho: None -> 0.3"),
         ({"loss_reduction": "token"}, "loss_reduction: example -> token"),
-        ({"refine_fraction": 0.5}, "refine_fraction: 0.0 -> 0.5"),
+        ({"refine_fraction": 0.5}, "refine_fraction: 0 -> 0.5"),
         ({"seed": 1}, "seed: 42 -> 1"),
         ({"max_length": 12}, "max_length: 1024 -> 12"),
         ({"per_device_train_batch_size": 8}, "training rows a step: 4 -> 8"),
@@ -64,6 +63,23 @@ def test_a_changed_meaning_is_refused_with_what_differs(tmp_path, change, differ
     save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
     with pytest.raises(ValueError, match=re.escape(difference)):
         refuse_foreign(tmp_path, identity(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"scout_epochs": 4.0}, "scout_epochs: None -> 4.0"),
+        ({"scout_learning_rate": 1e-2}, "scout_learning_rates: [0.00015, 0.0005, 0.0015] -> [0.01]"),
+        ({"learning_rate": 2e-3}, "scout_learning_rates: [0.00015, 0.0005, 0.0015] -> [0.0003, 0.001, 0.003]"),
+        ({"refine_fraction": "auto"}, "refine_fraction: 0 -> auto"),
+        ({"rho": 0.5}, "rho_start: None -> 0.5"),
+        ({"selector": "none"}, "selector: scout -> none"),
+    ],
+)
+def test_what_a_scout_was_is_part_of_the_meaning(tmp_path, change, difference):
+    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path, selector="scout"))
+    with pytest.raises(ValueError, match=re.escape(difference)):
+        refuse_foreign(tmp_path, identity(tmp_path, **{"selector": "scout"} | change))
 
 
 @pytest.mark.parametrize(

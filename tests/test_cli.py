@@ -26,6 +26,8 @@ def command(files, output_dir, model=NO_MODEL, *extra):
     for name, path in files.items():
         flags += [f"--{name}", str(path)]
     cheap = [
+        "--scout_epochs",
+        "8",
         "--max_steps",
         "4",
         "--per_device_train_batch_size",
@@ -59,6 +61,7 @@ def test_a_run_leaves_a_complete_run_directory(files, model_dir, tmp_path, capfd
     assert set(weights["source"].to_pylist()) == {"train.jsonl"}
     assert sum(weights["weight"].to_pylist()) == pytest.approx(24, rel=1e-5)
     assert (run / "model.safetensors").is_file()
+    assert (run / "scout.json").is_file()
     assert (run / "README.md").is_file()
     for line in (run / "metrics.jsonl").read_text().splitlines():
         assert "step" in json.loads(line)
@@ -166,8 +169,9 @@ def test_prompts_longer_than_max_length_are_dropped_and_counted(files, model_dir
     assert main(command(files, tmp_path / "run", model_dir, "--max_length", "32")) == 0
     assert "train_dataset: 1 of 9 rows dropped" in caplog.text
     weights = pq.read_table(tmp_path / "run" / "weights.parquet")
-    assert weights["kept"].to_pylist() == [True] * 8 + [False]
-    assert weights["weight"].to_pylist()[8] == 0
+    p_right = weights["p_right"].to_pylist()
+    assert p_right[8] is None and weights["weight"].to_pylist()[8] == 0
+    assert weights["kept"].to_pylist() == [p is None or p >= 0.5 for p in p_right[:8]] + [False]
 
 
 def test_unknown_command_and_unknown_flag(capfd, tmp_path):
@@ -184,7 +188,7 @@ def test_help_is_grouped(capfd):
     text = "data:" + text
     for title in ("data:", "selection and its two levels:", "training:"):
         assert title in text
-    assert text.index("--train_dataset") < text.index("--scout_ratio") < text.index("--num_train_epochs")
+    assert text.index("--train_dataset") < text.index("--scout_learning_rate") < text.index("--num_train_epochs")
 
 
 @pytest.mark.parametrize(

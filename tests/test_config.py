@@ -5,10 +5,12 @@ import logging
 import pytest
 import torch
 import yaml
-from conftest import PLAIN, pairs
+from conftest import PLAIN, message_of, pairs
 from datasets import Dataset
 
 from tamis import BilevelConfig, BilevelTrainer
+from tamis.cli import make_train_parser
+from tamis.selection.selectors import BmoSelector
 
 
 def config(tmp_path, **settings) -> BilevelConfig:
@@ -28,11 +30,16 @@ def check(config, *, has_validation=True, has_weight=False) -> None:
         ({"rho_decay_ratio": 1.1}, "rho_decay_ratio must lie between 0 and 1"),
         ({"selector_learning_rate": 0.0}, "selector_learning_rate must be positive"),
         ({"bmo_temperature": 0.0}, "bmo_temperature must be positive"),
-        ({"scout_ratio": 0.2, "selector": "softmax"}, "leave --scout_ratio out"),
-        ({"scout_ratio": 0.2, "reference": "tracked"}, "leave --scout_ratio out"),
+        ({"scout_epochs": 0.0}, "scout_epochs must be positive, got 0"),
+        ({"rho_start": 0.9}, "rho_start goes to a rho that the scout chooses: set --rho too"),
         ({"selector": "column"}, "name it by --weight_column"),
         ({"refine_fraction": 1.5}, "refine_fraction must lie between 0 and 1, got 1.5"),
         ({"refine_fraction": -0.1}, "refine_fraction must lie between 0 and 1"),
+        ({"refine_fraction": "1.5"}, "refine_fraction must lie between 0 and 1, got 1.5"),
+        ({"refine_fraction": "nan"}, "refine_fraction must lie between 0 and 1"),
+        ({"refine_fraction": "auto", "selector": "mirror"}, "selector 'mirror' sends none: give a number"),
+        ({"refine_fraction": "auto", "selector": "column"}, "selector 'column' sends none: give a number"),
+        ({"refine_fraction": "auto", "selector": "none", "refine_policy": "random"}, "choose --selector scout"),
         ({"refine_every": 0.0}, "refine_every must be positive, got 0"),
         ({"refine_start": -1.0}, "refine_start must not be negative, got -1"),
         ({"importance_ratio_cap": 0.0}, "importance_ratio_cap must be positive, got 0"),
@@ -62,12 +69,17 @@ def test_rho_needs_a_validation_dataset(tmp_path):
     ("settings", "name"),
     [
         ({"score_map": "softmax", "selector": "sigmoid"}, "score_map"),
+        ({"score_map": "softmax"}, "score_map"),
+        ({"selector_learning_rate": 0.1}, "selector_learning_rate"),
         ({"selector_learning_rate": 0.1, "selector": "bmo"}, "selector_learning_rate"),
         ({"bmo_temperature": 0.1}, "bmo_temperature"),
         ({"reference": "zero", "selector": "none"}, "reference"),
-        ({"scout_learning_rate": 1e-5, "scout_ratio": 0.0}, "scout_learning_rate"),
-        ({"scout_learning_rate": 1e-5, "reference": "tracked"}, "scout_learning_rate"),
-        ({"reference_learning_rate": 1e-5}, "reference_learning_rate"),
+        ({"reference": "zero"}, "reference"),
+        ({"scout_learning_rate": 1e-5, "selector": "mirror"}, "scout_learning_rate"),
+        ({"scout_learning_rate": 1e-5, "selector": "none"}, "scout_learning_rate"),
+        ({"scout_epochs": 5.0, "selector": "bmo"}, "scout_epochs"),
+        ({"scout_epochs": 5.0, "selector": "softmax"}, "scout_epochs"),
+        ({"reference_learning_rate": 1e-5, "selector": "mirror"}, "reference_learning_rate"),
         ({"rho_decay_ratio": 0.5}, "rho_decay_ratio"),
         ({"rho": 0.0, "selector": "none"}, "validation_dataset"),
         ({"refine_every": 100}, "refine_every"),
@@ -106,11 +118,14 @@ def test_what_has_no_effect_is_said(tmp_path, caplog, settings, name):
     "settings",
     [
         {},
-        {"score_map": "softmax"},
+        {"score_map": "softmax", "selector": "mirror"},
         {"selector_learning_rate": 1.0, "selector": "softmax"},
-        {"scout_ratio": 0.1, "scout_learning_rate": 1e-5},
-        {"reference_learning_rate": 1e-5, "reference": "tracked"},
-        {"rho_start": 0.9, "rho_decay_ratio": 0.5},
+        {"scout_epochs": 4.0, "scout_learning_rate": 1e-5},
+        {"reference_learning_rate": 1e-5, "reference": "tracked", "selector": "mirror"},
+        {"reference": "zero", "selector": "bmo"},
+        {"rho_start": 0.9, "rho_decay_ratio": 0.5, "rho": 0.5},
+        {"rho_start": 0.9, "rho_decay_ratio": 0.5, "selector": "mirror"},
+        {"refine_fraction": "auto", "refine_every": 100},
         {"rho": 0.0, "rho_start": 0.9},
         {"refine_fraction": 0.5, "refine_every": 100, "refine_start": 10, "num_generations": 8},
         {"refine_fraction": 0.5, "importance_ratio_cap": 3.0, "ratio_level": "sequence", "response_temperature": 0.5},
@@ -123,11 +138,6 @@ def test_what_has_an_effect_is_not_warned_of(tmp_path, caplog, settings):
     assert not caplog.records
 
 
-def test_scout_learning_rate_has_an_effect_by_default(tmp_path, caplog):
-    check(config(tmp_path, scout_learning_rate=1e-5))
-    assert not caplog.records
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -135,9 +145,9 @@ def test_scout_learning_rate_has_an_effect_by_default(tmp_path, caplog):
         {"reference": "none"},
         {"score_map": "linear"},
         {"loss_reduction": "sum"},
-        {"scout_ratio": -1.0},
+        {"scout_epochs": -1.0},
         {"scout_learning_rate": -1.0},
-        {"reference_learning_rate": 0.0, "reference": "tracked"},
+        {"reference_learning_rate": 0.0, "reference": "tracked", "selector": "mirror"},
         {"per_device_validation_batch_size": 0},
         {"num_generations": 0},
         {"max_new_tokens": 0},
@@ -159,13 +169,82 @@ def test_values_that_mean_nothing_are_refused(tmp_path, settings):
 
 
 def test_defaults_are_resolved(tmp_path):
-    resolved = config(tmp_path, per_device_train_batch_size=3, learning_rate=1e-4, rho=0.3).resolve()
-    assert (resolved.score_map, resolved.selector_learning_rate, resolved.scout_ratio) == ("bounded", 1.75, 0.25)
-    assert resolved.scout_learning_rate == pytest.approx(1.5e-5)
-    assert (resolved.rho_start, resolved.per_device_validation_batch_size) == (0.3, 3)
-    given = config(tmp_path, scout_ratio=0.0, per_device_validation_batch_size=2, rho_start=1.0).resolve()
-    assert (given.scout_ratio, given.per_device_validation_batch_size, given.rho_start) == (0.0, 2, 1.0)
-    assert "scout_ratio = 0.0 (as given)" in given.announcements
+    resolved = config(tmp_path, per_device_train_batch_size=3, learning_rate=1e-4, selector="mirror").resolve()
+    assert (resolved.score_map, resolved.selector_learning_rate) == ("bounded", 1.75)
+    assert resolved.scout_learning_rates == ()
+    assert (resolved.rho, resolved.rho_start, resolved.per_device_validation_batch_size) == (0.5, 0.5, 3)
+    assert "rho = 0.5 (half of the objective)" in resolved.announcements
+    given = config(tmp_path, per_device_validation_batch_size=2, rho=0.3, rho_start=1.0).resolve()
+    assert (given.rho, given.rho_start, given.per_device_validation_batch_size) == (0.3, 1.0, 2)
+    assert "rho = 0.3 (as given)" in given.announcements
+
+
+def test_the_scout_is_tried_at_three_rates_unless_one_is_given(tmp_path):
+    resolved = config(tmp_path, learning_rate=1e-4).resolve()
+    assert resolved.scout_learning_rates == pytest.approx((1.5e-5, 5e-5, 1.5e-4))
+    assert (resolved.score_map, resolved.selector_learning_rate) == (None, None)
+    assert config(tmp_path, learning_rate=1e-4, scout_learning_rate=0.2).resolve().scout_learning_rates == (0.2,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rho"),
+    [({}, None), ({"rho": 0.3}, 0.3), ({"rho": 0.0}, 0.0), ({"selector": "mirror"}, 0.5), ({"selector": "none"}, 0.5)],
+)
+def test_rho_is_left_to_the_scout_alone(tmp_path, settings, rho):
+    resolved = config(tmp_path, **settings).resolve()
+    assert (resolved.rho, resolved.rho_start) == (rho, rho)
+    assert any(line.startswith("rho = ") for line in resolved.announcements) == (rho is not None)
+
+
+def test_a_selector_of_the_user_does_not_scout(tmp_path):
+    args = config(tmp_path)
+    assert args.scouts() and not args.scouts(BmoSelector(0.5))
+    resolved = args.resolve(BmoSelector(0.5))
+    assert (resolved.rho, resolved.scout_learning_rates) == (0.5, ())
+
+
+@pytest.mark.parametrize("given", ["0.25", 0.25, "2.5e-1", "0.250"])
+def test_a_part_of_the_rows_is_refined_however_it_is_written(tmp_path, given):
+    args = config(tmp_path, refine_fraction=given)
+    assert args.refine_fraction == "0.25" and args.refines and args.resolve().refine_fraction == 0.25
+
+
+def test_auto_is_left_to_the_scout(tmp_path):
+    args = config(tmp_path, refine_fraction="auto")
+    assert args.refines and args.resolve().refine_fraction is None
+    check(args)
+
+
+@pytest.mark.parametrize("nothing", ["0", 0, 0.0, "0.0"])
+def test_nothing_is_refined_by_default(tmp_path, nothing):
+    args = config(tmp_path, refine_fraction=nothing)
+    assert not args.refines and args.refine_fraction == BilevelConfig(str(tmp_path)).refine_fraction
+    assert "refine_fraction" not in args.given_settings
+
+
+@pytest.mark.parametrize("given", ["half", "", None, "automatic", "50%"])
+def test_a_fraction_that_is_no_number_is_refused(tmp_path, given):
+    with pytest.raises(ValueError, match=f"refine_fraction must be a number or 'auto', got {given!r}"):
+        config(tmp_path, refine_fraction=given)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("auto", "auto"), ("0.5", "0.5"), ("1", "1")])
+def test_refine_fraction_on_the_command_line_and_in_a_file(tmp_path, text, expected):
+    (tmp_path / "run.yaml").write_text(f"refine_fraction: {text}\nuse_cpu: true\n")
+    common = ["--train_dataset", "train.jsonl", "--output_dir", str(tmp_path)]
+    for options in (["--refine_fraction", text, "--use_cpu"], ["--config", str(tmp_path / "run.yaml")]):
+        _, args, _ = make_train_parser().parse_args_and_config([*common, *options])
+        assert args.refine_fraction == expected
+
+
+def test_the_tracked_reference_refuses_fp16_only_where_it_is_read(tmp_path):
+    """A CPU has no fp16: transformers would refuse the setting before tamis sees it."""
+    args = config(tmp_path, reference="tracked", selector="mirror")
+    args.fp16 = True
+    with pytest.raises(ValueError, match="set --bf16 instead"):
+        check(args)
+    args.selector = "scout"
+    check(args)
 
 
 def test_generation_takes_the_rows_of_a_micro_batch(tmp_path):
@@ -181,9 +260,9 @@ def test_generation_takes_the_rows_of_a_micro_batch(tmp_path):
         ({}, 0),
         ({"selector": "column"}, 0),
         ({"refine_policy": "random", "selector": "softmax"}, 0),
-        ({"scout_ratio": 0.0}, 0.25),
+        ({"selector": "mirror"}, 0.25),
         ({"selector": "softmax"}, 0.25),
-        ({"scout_ratio": 0.0, "refine_start": 7}, 7),
+        ({"selector": "mirror", "refine_start": 7}, 7),
     ],
 )
 def test_refining_starts_when_the_scores_say_something(tmp_path, settings, start):
@@ -195,14 +274,6 @@ def test_a_vllm_server_is_looked_for_on_this_machine_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "scout_ratio"),
-    [({"reference": "tracked"}, 0), ({"selector": "softmax"}, 0), ({"reference": "zero"}, 0.25)],
-)
-def test_scouting_is_the_default_only_where_it_can_settle_scores(tmp_path, settings, scout_ratio):
-    assert config(tmp_path, **settings).resolve().scout_ratio == scout_ratio
-
-
-@pytest.mark.parametrize(
     "settings",
     [
         {"rho": 0.25, "selector": "bmo", "bmo_temperature": 0.2},
@@ -210,6 +281,8 @@ def test_scouting_is_the_default_only_where_it_can_settle_scores(tmp_path, setti
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
         {"max_length": None},
         {"eos_token": "<eos>"},
+        {"refine_fraction": "auto", "scout_epochs": 3.0},
+        {"refine_fraction": "0.5"},
     ],
 )
 def test_given_settings_replay_the_run(tmp_path, settings):
@@ -241,3 +314,8 @@ def test_without_an_accelerator_the_default_precision_is_fp32(tmp_path):
     args = BilevelConfig(output_dir=str(tmp_path))
     assert args.bf16 is False
     assert "bf16" not in args.given_settings
+
+
+def test_likely_wrong_rows_are_not_random_ones(tmp_path):
+    arguments = config(tmp_path, refine_fraction="auto", refine_policy="random")
+    assert "give a number" in message_of(lambda: check(arguments))

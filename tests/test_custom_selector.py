@@ -1,4 +1,4 @@
-"""examples/custom_selector.py: a stranger's rule works along the steps, with scouting and with refining."""
+"""examples/custom_selector.py: a stranger's rule works along the steps, also with refining."""
 
 import importlib.util
 from pathlib import Path
@@ -12,7 +12,6 @@ from tamis import Selector
 RIGHT = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(12)]
 WRONG = [{"prompt": f"{i}=", "completion": "b" * (1 + i % 3)} for i in range(12)]
 TRUSTED = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(20, 28)]
-SCOUTING = {"scout_ratio": 0.5, "scout_learning_rate": 1e-2}
 REFINING = {"refine_fraction": 0.5, "refine_every": 2, "num_generations": 2, "max_new_tokens": 4}
 
 
@@ -24,12 +23,8 @@ def threshold_selector(**settings) -> Selector:
     return module.ThresholdSelector(**settings)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, SCOUTING, SCOUTING | REFINING],
-    ids=["along the steps", "with scouting", "with refining"],
-)
-def test_a_rule_of_a_stranger_works_in_three_ways(bilevel, settings):
+@pytest.mark.parametrize("settings", [{}, REFINING], ids=["along the steps", "with refining"])
+def test_a_rule_of_a_stranger_works(bilevel, settings):
     trainer = bilevel(
         WRONG + RIGHT, TRUSTED, selector=threshold_selector(limit=-0.1), max_steps=24, learning_rate=1e-2, **settings
     )
@@ -38,10 +33,10 @@ def test_a_rule_of_a_stranger_works_in_three_ways(bilevel, settings):
     scores = weighting.refiner.original_scores() if weighting.refiner else weighting.row_weights.all_scores()
     assert scores[:12].mean() < scores[12:].mean()
     assert (scores % 2 == 0).all(), "steps of two, and nothing else"
-    if settings:
-        assert set(scores.tolist()) == {-2.0, 2.0} and weighting.row_weights.is_settled
     if weighting.refiner:
-        assert set(weighting.refiner.buffer.rows) <= {i for i in range(24) if scores[i] == scores.min()}
+        refined = sorted(weighting.refiner.buffer.rows)
+        assert refined and scores[refined].mean() < scores.mean()
+    assert weighting.outcome is None and trainer.current_rho() == 0.5, "no scout was sent"
 
 
 class Broken(Selector):
@@ -69,11 +64,6 @@ def test_what_does_not_work_is_refused_before_the_model_loads(bilevel, selector,
         bilevel(pairs(8), pairs(4, 95), model="there is no such model", selector=selector)
 
 
-def test_a_rule_that_cannot_scout_is_not_scouted(bilevel):
-    with pytest.raises(ValueError, match="needs a selector that can scout"):
-        bilevel(pairs(8), pairs(4, 95), selector=Broken(lambda score, excess: score), scout_ratio=0.5)
-
-
 def test_a_name_is_taken_too(bilevel):
-    trainer = bilevel(pairs(8), pairs(4, 95), selector="bmo", scout_ratio=0.0)
+    trainer = bilevel(pairs(8), pairs(4, 95), selector="bmo")
     assert type(trainer.weighting.row_weights.selector).__name__ == "BmoSelector"

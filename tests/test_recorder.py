@@ -4,19 +4,24 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import Kill, Killed, assert_close, lora, pairs, parameters, read_jsonl
+from conftest import Kill, Killed, assert_close, lora, pairs, parameters, read_jsonl, two_kinds, worth
 from datasets import Dataset
 
 from tamis import BilevelConfig
 from tamis import rows as rows_module
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, write_atomically
 from tamis.rows import check_rows
+from tamis.selection.calibration import fit
+from tamis.selection.scout import Finding
+from tamis.selection.trials import Outcome, Trial
 
-TRAIN, TRUSTED, HELD_OUT = pairs(7) + pairs(5, 50, wrong=True), pairs(4, 95), pairs(3, 60)
+RIGHT, WRONG, LIKE_RIGHT = two_kinds()
+TRAIN, TRUSTED, HELD_OUT = [*RIGHT[:6], *WRONG[:6]], LIKE_RIGHT, pairs(3, 100)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -60,7 +65,7 @@ def test_rewind_cuts_to_the_step_of_the_checkpoint(tmp_path):
 def test_weights_name_every_row_of_the_user(bilevel, tmp_path):
     too_long = {"prompt": "1" * 40, "completion": "2"}
     rows = [row | {"source": "a.jsonl", "row": 10 + i} for i, row in enumerate([*TRAIN[:3], too_long, *TRAIN[3:]])]
-    trainer = bilevel(rows, TRUSTED, max_length=20, max_steps=3, scout_ratio=0.0)
+    trainer = bilevel(rows, TRUSTED, max_length=20, max_steps=3, selector="mirror")
     trainer.train()
     table = pq.read_table(tmp_path / "run" / "weights.parquet")
     assert {field.name: str(field.type) for field in table.schema} == {
@@ -69,13 +74,14 @@ def test_weights_name_every_row_of_the_user(bilevel, tmp_path):
         "row": "int64",
         "content_hash": "string",
         "weight": "float",
+        "p_right": "float",
         "score": "float",
         "num_updates": "int32",
         "last_loss": "float",
         "kept": "bool",
         "refined": "bool",
     }
-    assert table.schema.metadata[b"tamis_format_version"] == b"2"
+    assert table.schema.metadata[b"tamis_format_version"] == b"3"
     columns = table.to_pydict()
     assert columns["example_id"] == list(range(13)) and columns["row"] == list(range(10, 23))
     assert columns["content_hash"] == check_rows(Dataset.from_list(rows), "train_dataset")
@@ -88,13 +94,94 @@ def test_weights_name_every_row_of_the_user(bilevel, tmp_path):
     weights = trainer.weighting.row_weights.all_weights().tolist()
     assert [w for i, w in enumerate(columns["weight"]) if i != 3] == [w for i, w in enumerate(weights) if i != 3]
     assert set(columns["source"]) == {"a.jsonl"}
+    assert columns["p_right"] == [None] * 13, "of a selector that follows the steps"
+    assert not (tmp_path / "run" / "scout.json").exists()
+
+
+def test_weights_of_a_scout_tell_how_likely_a_row_is_right(bilevel, tmp_path):
+    too_long = {"prompt": "1" * 40, "completion": "2"}
+    trainer = bilevel([*RIGHT, too_long, *WRONG], LIKE_RIGHT, max_length=20, max_steps=2)
+    trainer.train()
+    columns = pq.read_table(tmp_path / "run" / "weights.parquet").to_pydict()
+    p_right, others = columns["p_right"], [i for i in range(25) if i != 12]
+    assert p_right[12] is None and columns["score"][12] is None and columns["weight"][12] == 0
+    assert not columns["kept"][12] and columns["last_loss"][12] is None and columns["num_updates"][12] == 0
+    assert [columns["kept"][i] for i in others] == [p_right[i] >= 0.5 for i in others] == [True] * 12 + [False] * 12
+    expected = worth(torch.tensor([p_right[i] for i in others]))
+    torch.testing.assert_close(torch.tensor([columns["weight"][i] for i in others]), expected / expected.mean())
+    assert torch.sigmoid(torch.tensor([columns["score"][i] for i in others])).tolist() == pytest.approx(
+        [p_right[i] for i in others], abs=1e-6
+    )
+    assert sum(columns["num_updates"]) == 8 and not any(columns["num_updates"][13:]), "no wrong row was visited"
+    assert all(loss > 0 for i, loss in enumerate(columns["last_loss"]) if i != 12), "all rows have been measured"
+
+
+@pytest.mark.parametrize("num_validation", [3, 12])
+def test_where_nothing_is_known_a_row_is_kept_that_is_trained_on(bilevel, tmp_path, num_validation):
+    """Too few validation rows, and some of both kinds."""
+    trainer = bilevel([*RIGHT, *WRONG], [*WRONG, *RIGHT][6 : 6 + num_validation], max_steps=1)
+    trainer.train()
+    columns = pq.read_table(tmp_path / "run" / "weights.parquet").to_pydict()
+    assert columns["p_right"] == [None] * 24 and columns["kept"] == [True] * 24 and columns["weight"] == [1.0] * 24
+
+
+# --- what scouting has found ------------------------------------------------------------------------------------------
+
+
+def scout_json(folder) -> dict:
+    """It must be strict JSON."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not strict JSON")
+
+    return json.loads((folder / "scout.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+TRIAL = {"learning_rate", "num_steps", "base_coefficient", "evidence", "criterion", "criterion_error"}
+
+
+def test_scout_json_says_what_was_found(bilevel, tmp_path):
+    trainer = bilevel(
+        [*RIGHT, *WRONG], LIKE_RIGHT, max_steps=1, scout_epochs=4, scout_learning_rate=None, learning_rate=1e-2
+    )
+    trainer.train()
+    found, outcome = scout_json(tmp_path / "run"), trainer.weighting.outcome
+    assert found["format_version"] == 3 and found["is_believed"] is True
+    assert found["share_right"] == pytest.approx(0.5, abs=0.15)
+    low, high = found["share_right_interval_90"]
+    assert 0 <= low <= found["share_right"] <= high <= 1
+    assert found["expected_auroc"] > 0.9
+    assert len(found["trials"]) == 6 and all(trial.keys() == TRIAL for trial in found["trials"])
+    chosen = max(found["trials"], key=lambda trial: trial["evidence"])
+    assert all(found[name] == chosen[name] for name in ("learning_rate", "num_steps", "base_coefficient"))
+    assert [t["learning_rate"] for t in found["trials"]] == pytest.approx([1.5e-3] * 2 + [5e-3] * 2 + [1.5e-2] * 2)
+    assert found["belief"] == outcome.finding.calibration.belief
+    assert found["evidence"] == chosen["evidence"]
+
+
+def test_scout_json_is_strict_where_nothing_was_found(bilevel, tmp_path):
+    trainer = bilevel(RIGHT, LIKE_RIGHT, max_steps=1)
+    trainer.train()
+    found = scout_json(tmp_path / "run")
+    assert found["is_believed"] is False and found["share_right"] > 0.5
+    assert trainer.weighting.row_weights.p_right_N().isnan().all()
+
+
+def test_numbers_that_are_none_are_null_in_scout_json(tmp_path):
+    calibration = fit(np.full(9, 1.0), np.full(4, 1.0))
+    trial = Trial(1e-3, 4, 1.0, float("nan"), 0.5, float("inf"), np.zeros(4), np.zeros((4, 9)))
+    finding = Finding(1e-3, 4, 1.0, calibration, float("nan"))
+    Recorder(tmp_path).write_scout(Outcome(finding, [trial], torch.zeros(9), torch.ones(9)).to_dict())
+    found = scout_json(tmp_path)
+    assert found["expected_auroc"] is None and found["share_right"] == 1 and found["is_believed"] is False
+    assert found["trials"][0]["evidence"] is None and found["trials"][0]["criterion_error"] is None
 
 
 def test_rows_are_hashed_once_in_a_run(bilevel, monkeypatch):
     """Not for the fingerprints, the overlap and every checkpoint anew: a million rows take seconds each time."""
     hashed, digest = [], rows_module._digest
     monkeypatch.setattr(rows_module, "_digest", lambda text: hashed.append(text) or digest(text))
-    trainer = bilevel(TRAIN, TRUSTED, HELD_OUT, max_steps=4, save_strategy="steps", save_steps=1, scout_ratio=0.0)
+    trainer = bilevel(TRAIN, TRUSTED, HELD_OUT, max_steps=4, save_strategy="steps", save_steps=1, selector="mirror")
     trainer.train()
     rows = [text for text in hashed if text.startswith("{")]
     assert sorted(rows) == sorted(json.dumps(row, sort_keys=True) for row in [*TRAIN, *TRUSTED, *HELD_OUT])
@@ -102,7 +189,7 @@ def test_rows_are_hashed_once_in_a_run(bilevel, monkeypatch):
 
 
 def test_weights_are_written_without_reading_rows(bilevel, monkeypatch, tmp_path):
-    trainer = bilevel(TRAIN, TRUSTED, max_steps=1, scout_ratio=0.0)
+    trainer = bilevel(TRAIN, TRUSTED, max_steps=1, selector="mirror")
 
     def refuse(dataset):
         raise AssertionError("a million rows, one after the other")
@@ -113,14 +200,14 @@ def test_weights_are_written_without_reading_rows(bilevel, monkeypatch, tmp_path
 
 
 def test_a_run_leaves_its_settings_and_metrics(bilevel, tmp_path):
-    settings = {"rho": 0.25, "max_steps": 3, "scout_ratio": 0.0, "eval_strategy": "steps", "eval_steps": 3}
+    settings = {"rho": 0.25, "max_steps": 3, "selector": "mirror", "eval_strategy": "steps", "eval_steps": 3}
     trainer = bilevel(TRAIN, TRUSTED, HELD_OUT, **settings)
     trainer.train()
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     info = config.pop("run_info")
-    assert config.items() >= settings.items() and "selector" not in config
+    assert config.items() >= settings.items() and "bmo_temperature" not in config
     assert BilevelConfig(**config).to_dict() == trainer.args.to_dict()
-    assert info["format_version"] == 2 and info["versions"].keys() >= {"torch", "trl", "tamis"}
+    assert info["format_version"] == 3 and info["versions"].keys() >= {"torch", "trl", "tamis"}
     assert info["dataset_fingerprints"].keys() == {"train_dataset", "validation_dataset", "eval_dataset"}
     assert len(set(info["dataset_fingerprints"].values())) == 3
     assert any(line.startswith("score_map = bounded") for line in info["resolved"])
@@ -158,10 +245,11 @@ def timeless(path: Path) -> list[dict]:
 
 RUNS = {
     "scouted": {},
-    "accumulation": {"scout_ratio": 0.0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    "tracked": {"reference": "tracked"},
-    "lora dropout, scouted": {"peft_config": True},
-    "lora dropout, tracked": {"peft_config": True, "reference": "tracked"},
+    "scouted, accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "accumulation": {"selector": "mirror", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "tracked": {"selector": "mirror", "reference": "tracked"},
+    "lora dropout, scouted": {"peft_config": True, "scout_epochs": 20, "scout_learning_rate": 3e-2},
+    "lora dropout, tracked": {"peft_config": True, "selector": "mirror", "reference": "tracked"},
 }
 # Three steps make an epoch: killed after step 3, a run resumes in the middle of the first.
 SETTINGS = {
@@ -198,6 +286,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path, name):
     resumed = run("cut", **RUNS[name])
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5
+    assert whole.weighting.row_weights.all_weights().std() > 0.1 or "tracked" in name
 
     assert_close(parameters(resumed.model), parameters(whole.model), atol=0)
     for part in ("row_weights", "reference"):
@@ -205,13 +294,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path, name):
         actual = getattr(resumed.weighting, part).state_dict()
         assert actual.keys() == expected.keys()
         assert all(torch.equal(t.nan_to_num(-1), expected[n].nan_to_num(-1)) for n, t in actual.items())
+    assert (resumed.weighting.visits() is None) == ("scouted" not in name)
     tables = [pq.read_table(tmp_path / folder / "weights.parquet") for folder in ("cut", "whole")]
     assert tables[0].equals(tables[1])
     assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
 
 
 def test_a_checkpoint_at_the_end_of_an_epoch(run, tmp_path):
-    settings = {"scout_ratio": 0.0, "save_steps": 3, "eval_steps": 3}
+    settings = {"selector": "mirror", "save_steps": 3, "eval_steps": 3}
     whole = run("whole", **settings)
     whole.train()
     cut_short(run, kill=4, **settings)

@@ -1,4 +1,4 @@
-"""Which rows a step holds: every training row once an epoch, the same on any number of ranks, from the seed alone."""
+"""Which rows a step holds: each row as often as it is to be visited, on any number of ranks, from the seed alone."""
 
 from collections import Counter
 from itertools import chain
@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from tamis import stream as stream_module
 from tamis.randomness import permutation
 from tamis.stream import (
     Batches,
@@ -16,6 +17,7 @@ from tamis.stream import (
     MicroBatch,
     PreparedRows,
     Substitute,
+    drawn_rows,
     make_stream,
     prompt_and_response,
 )
@@ -120,6 +122,136 @@ def test_fewer_rows_than_ranks():
     ]
 
 
+# --- rows visited by their weight -------------------------------------------------------------------------------------
+
+
+def visits_of(num_rows: int, seed: int = 0, share_of_zeros: float = 0.3) -> torch.Tensor:
+    """Uneven visits of mean one, some of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    visits = torch.rand(num_rows, generator=generator) ** 3
+    visits[torch.rand(num_rows, generator=generator) < share_of_zeros] = 0
+    return visits / visits.mean()
+
+
+def counts_of(visits: torch.Tensor, seed: int = 0, epoch: int = 0) -> torch.Tensor:
+    return torch.bincount(drawn_rows(visits, seed, epoch), minlength=len(visits))
+
+
+@pytest.mark.parametrize("value", [1.0, 0.1, 1 / 3, 7e4])
+@pytest.mark.parametrize("num_rows", [1, 7, 1000, 100_003])
+def test_equal_visits_are_one_each(num_rows, value):
+    for epoch in range(5):
+        drawn = drawn_rows(torch.full((num_rows,), value), seed=3, epoch=epoch)
+        assert torch.equal(drawn, torch.arange(num_rows))
+
+
+@pytest.mark.parametrize("num_rows", [2, 11, 5000])
+def test_visits_are_rounded_up_or_down_and_make_a_whole_epoch(num_rows):
+    visits = visits_of(num_rows, seed=num_rows)
+    for epoch in range(50):
+        counts = counts_of(visits, epoch=epoch)
+        assert counts.sum() == num_rows
+        assert (counts - visits).abs().max() < 1 + 1e-3, "float32 and the sum of 5000 of them"
+        assert not counts[visits == 0].any()
+
+
+def test_drawn_rows_are_in_order():
+    drawn = drawn_rows(visits_of(300), 0, 0)
+    assert (drawn.diff() >= 0).all() and drawn.dtype == torch.int64
+
+
+def test_visits_are_right_on_average():
+    """Of 4000 epochs: a fraction is a coin toss each time, with a standard error of at most 0.5 / sqrt(4000)."""
+    visits = torch.tensor([0.25, 2.5, 0.0, 1.9, 0.05, 1.3])
+    total = sum(counts_of(visits, epoch=epoch) for epoch in range(4000))
+    torch.testing.assert_close(total / 4000, visits, atol=4 * 0.5 / 4000**0.5, rtol=0)
+
+
+def test_visits_follow_from_seed_and_epoch_alone():
+    visits = visits_of(200)
+    torch.manual_seed(1)
+    first = drawn_rows(visits, 5, 2)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(drawn_rows(visits, 5, 2), first) and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(drawn_rows(visits, 5, 3), first) and not torch.equal(drawn_rows(visits, 6, 2), first)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_equal_visits_are_the_uniform_stream(num_ranks):
+    for epoch in range(2):
+        settings = {"num_training": 23, "epoch": epoch, "rank": num_ranks - 1, "num_ranks": num_ranks}
+        assert list(sampler(visits=lambda: torch.ones(23), **settings)) == list(sampler(**settings))
+
+
+def test_an_epoch_has_as_many_steps_and_each_row_its_visits():
+    visits = visits_of(23)
+    batches = list(sampler(num_training=23, visits=lambda: visits, epoch=4))
+    counts = torch.bincount(torch.tensor([row for batch in batches for row in batch if row < 23]), minlength=23)
+    assert len(batches) == len(sampler(num_training=23)) and torch.equal(counts, counts_of(visits, epoch=4))
+    assert [batch[-3:] for batch in batches] == [batch[-3:] for batch in sampler(num_training=23, epoch=4)]
+
+
+def test_repeated_visits_are_spread_over_the_epoch():
+    """By the permutation, as rows are: half of all visits are one row's, and so is about half of every step."""
+    visits = torch.tensor([1000.0] + [1000 / 1999] * 1999)
+    batches = list(sampler(num_training=2000, num_validation=0, training=100, visits=lambda: visits))
+    assert [batch.count(0) for batch in batches] == pytest.approx([50] * 20, abs=4 * 5)
+
+
+@pytest.mark.parametrize("num_training", [32, 35])
+def test_two_ranks_see_the_visits_of_one_rank(num_training):
+    visits = visits_of(num_training)
+    for epoch in range(3):
+        common = {"num_training": num_training, "epoch": epoch, "visits": lambda: visits}
+        assert global_batches(2, training=4, validation=2, **common) == global_batches(
+            1, training=8, validation=4, **common
+        )
+
+
+def test_visits_that_change_in_an_epoch_count_from_the_next_step_on():
+    first, second = visits_of(20, seed=1), visits_of(20, seed=2)
+    present = [first]
+    changing = []
+    for step, batch in enumerate(sampler(visits=lambda: present[0])):
+        changing.append(batch)
+        if step == 1:
+            present[0] = second
+    before, after = (list(sampler(visits=lambda v=v: v)) for v in (first, second))
+    assert changing == before[:2] + after[2:] and before != after
+
+
+def test_a_stream_that_is_taken_up_in_an_epoch_needs_the_present_visits_only():
+    """A resumed run skips the steps that were made with other visits: those that are left are the same."""
+    first, second = visits_of(20, seed=1), visits_of(20, seed=2)
+    present = [first]
+    whole = []
+    for step, batch in enumerate(sampler(visits=lambda: present[0], epoch=1)):
+        whole.append(batch)
+        if step == 2:
+            present[0] = second
+    assert list(sampler(visits=lambda: second, epoch=1))[3:] == whole[3:]
+
+
+def test_visits_that_come_up_in_an_epoch_replace_the_uniform_order():
+    """As after the first refresh: before it each row is visited once."""
+    visits, present = visits_of(20), [None]
+    found = []
+    for batch in sampler(visits=lambda: present[0]):
+        found.append(batch)
+        present[0] = visits
+    assert found == list(sampler())[:1] + list(sampler(visits=lambda: visits))[1:]
+
+
+def test_the_same_tensor_is_not_drawn_anew(monkeypatch):
+    drawn, asked, present = [], [], [visits_of(20)]
+    monkeypatch.setattr(stream_module, "drawn_rows", lambda *args: drawn.append(1) or drawn_rows(*args))
+    for step, _ in enumerate(sampler(visits=lambda: asked.append(1) or present[0])):
+        if step == 2:
+            present[0] = present[0].clone()
+    assert len(asked) == 5 and len(drawn) == 2, "at the first step, and where another tensor came"
+
+
 # --- from ids to tensors ----------------------------------------------------------------------------------------------
 
 TRAINING = PreparedRows(
@@ -194,6 +326,15 @@ def test_the_stream_yields_ids():
     batches = list(stream)
     assert sorted(chain(*(batch.training_ids for batch in batches))) == [3, 4, 9]
     assert [batch.validation_ids for batch in batches] == [[4], [4]]
+
+
+def test_the_stream_asks_for_visits_at_every_step():
+    args = TrainingArguments(output_dir="unused", use_cpu=True)
+    visits = torch.tensor([0.0, 3.0, 0.0])
+    stream = make_stream(
+        TRAINING, VALIDATION, args, training_batch_size=2, validation_batch_size=1, visits=lambda: visits
+    )
+    assert [batch.training_ids for batch in stream] == [[3, 3], [3]]
 
 
 @pytest.mark.parametrize(

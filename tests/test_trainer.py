@@ -161,7 +161,7 @@ def run_with(bilevel, batch_size: int, accumulation: int, num_rows: int = 16, **
     return trainer
 
 
-@pytest.mark.parametrize("settings", [{"scout_ratio": 0.0}, {"scout_ratio": 0.5}, {"reference": "tracked"}])
+@pytest.mark.parametrize("settings", [{"selector": "mirror"}, {"selector": "mirror", "reference": "tracked"}])
 def test_batch_times_accumulation_is_all_that_counts(bilevel, settings):
     # With `tracked` the excess is the difference of two models: a softer rule keeps its rounding small.
     expected = run_with(bilevel, 8, 1, selector_learning_rate=0.5, **settings)
@@ -200,7 +200,7 @@ def test_a_last_window_with_fewer_rows_is_a_mean_all_the_same(bilevel):
 
 @pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 1}, {"dataloader_drop_last": True}])
 def test_every_row_is_seen_once_an_epoch(bilevel, settings):
-    trainer = run_with(bilevel, 4, 1, num_rows=10, scout_ratio=0.0, num_train_epochs=3.0, **settings)
+    trainer = run_with(bilevel, 4, 1, num_rows=10, selector="mirror", num_train_epochs=3.0, **settings)
     num_seen = trainer.weighting.row_weights.num_updates_N
     assert num_seen.sum() == (24 if settings.get("dataloader_drop_last") else 30)
     assert num_seen.max() == 3 and trainer.state.epoch == 3
@@ -208,13 +208,15 @@ def test_every_row_is_seen_once_an_epoch(bilevel, settings):
 
 
 def test_workers_change_nothing(bilevel):
-    with_worker = run_with(bilevel, 4, 2, num_rows=12, scout_ratio=0.0, dataloader_num_workers=1)
-    assert_close(parameters(with_worker.model), parameters(run_with(bilevel, 4, 2, 12, scout_ratio=0.0).model), atol=0)
+    with_worker = run_with(bilevel, 4, 2, num_rows=12, selector="mirror", dataloader_num_workers=1)
+    assert_close(
+        parameters(with_worker.model), parameters(run_with(bilevel, 4, 2, 12, selector="mirror").model), atol=0
+    )
 
 
 def test_global_randomness_is_not_what_picks_the_rows(bilevel):
-    first = run_with(bilevel, 4, 1, num_rows=12, seed=1, data_seed=7, scout_ratio=0.0)
-    second = run_with(bilevel, 4, 1, num_rows=12, seed=2, data_seed=7, scout_ratio=0.0)
+    first = run_with(bilevel, 4, 1, num_rows=12, seed=1, data_seed=7, selector="mirror")
+    second = run_with(bilevel, 4, 1, num_rows=12, seed=2, data_seed=7, selector="mirror")
     assert_close(parameters(first.model), parameters(second.model), atol=0)
 
 
@@ -264,6 +266,7 @@ def test_checkpointing_changes_nothing(bilevel, is_lora, reference):
             pairs(8),
             pairs(4, 95),
             peft_config=lora() if is_lora else None,
+            selector="mirror",
             reference=reference,
             activation_checkpointing=checkpointing,
             max_steps=3,
@@ -278,8 +281,8 @@ def test_checkpointing_changes_nothing(bilevel, is_lora, reference):
 
 
 def test_lora_starts_from_the_loss_of_the_model(bilevel):
-    full = one_step(bilevel, pairs(4), pairs(4, 95), scout_ratio=0.0)[0]
-    adapter = one_step(bilevel, pairs(4), pairs(4, 95), scout_ratio=0.0, peft_config=lora())[0]
+    full = one_step(bilevel, pairs(4), pairs(4, 95), selector="mirror")[0]
+    adapter = one_step(bilevel, pairs(4), pairs(4, 95), selector="mirror", peft_config=lora())[0]
     assert adapter == pytest.approx(full, abs=1e-6)
 
 
@@ -308,7 +311,7 @@ def test_tracked_does_not_touch_the_trained_model(bilevel, is_lora):
 
 
 def test_only_the_trained_adapter_is_saved(bilevel, tmp_path):
-    trainer = bilevel(pairs(8), pairs(4, 95), peft_config=lora(), reference="tracked", max_steps=1)
+    trainer = bilevel(pairs(8), pairs(4, 95), peft_config=lora(), selector="mirror", reference="tracked", max_steps=1)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert [path.name for path in (tmp_path / "saved").rglob("adapter_model.safetensors")] == [
@@ -352,7 +355,7 @@ def test_prompts_that_fill_max_length_are_dropped_and_named(bilevel, caplog):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monkeypatch):
-    trainer = bilevel(pairs(8), pairs(4, 95), max_steps=4, save_strategy="steps", save_steps=1, scout_ratio=0.0)
+    trainer = bilevel(pairs(8), pairs(4, 95), max_steps=4, save_strategy="steps", save_steps=1, selector="mirror")
     states = []
 
     def poisoned(model, inputs):
@@ -373,20 +376,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monk
     saved = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
     assert_close(saved, {n: p for n, p in parameters(trainer.model).items() if n in saved}, atol=0)
     monkeypatch.undo()
-    again = bilevel(pairs(8), pairs(4, 95), max_steps=4, save_strategy="steps", save_steps=1, scout_ratio=0.0)
+    again = bilevel(pairs(8), pairs(4, 95), max_steps=4, save_strategy="steps", save_steps=1, selector="mirror")
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
 
 
 def test_a_model_with_nan_names_its_rows(bilevel):
-    trainer = bilevel(pairs(8), pairs(4, 95), max_steps=2, scout_ratio=0.0)
+    trainer = bilevel(pairs(8), pairs(4, 95), max_steps=2, selector="mirror")
     trainer.model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(NonFiniteLossError, match=r"train_dataset, row \d, .*validation_dataset, row \d"):
         trainer.train()
 
 
 def test_a_reference_that_is_not_finite_does_not_reach_the_model(bilevel):
-    trainer = bilevel(pairs(8), pairs(4, 95), max_steps=2, reference="tracked")
+    trainer = bilevel(pairs(8), pairs(4, 95), max_steps=2, selector="mirror", reference="tracked")
     for parameter in trainer.weighting.reference.parameters:
         parameter.data.fill_(float("nan"))
     before = parameters(trainer.model)
@@ -520,7 +523,7 @@ def test_the_weights_at_the_end_are_those_of_the_best_checkpoint(bilevel, tmp_pa
     """Each step takes the model farther away from the held-out rows, whose answers are others: the first is best."""
     trainer = bilevel(
         [*pairs(6), *pairs(6, 50, wrong=True)], pairs(4, 95), [{"prompt": "1=", "completion": "zzzz"}],
-        scout_ratio=0.0, reference="zero", learning_rate=3e-2, max_steps=3, load_best_model_at_end=True,
+        selector="mirror", reference="zero", learning_rate=3e-2, max_steps=3, load_best_model_at_end=True,
         save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
     )  # fmt: skip
     trainer.train()

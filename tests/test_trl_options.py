@@ -78,7 +78,7 @@ REFUSED_VALUES = [
     ({"optim": "galore_adamw_layerwise"}, "updates the parameters inside the backward pass"),
     ({"optim": "apollo_adamw_layerwise"}, "updates the parameters inside the backward pass"),
     ({"accelerator_config": {"split_batches": True}}, "split_batches"),
-    ({"fp16": True, "reference": "tracked"}, "fp16 scales the loss"),
+    ({"fp16": True, "reference": "tracked", "selector": "mirror"}, "fp16 scales the loss"),
     ({"activation_offloading": True}, "activation_offloading needs an accelerator"),
     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy 'sequential'"),
     ({"save_only_model": True, "refine_fraction": 0.5}, "set --refine_on_error continue"),
@@ -165,11 +165,13 @@ def test_a_sharded_model_is_refused_only_where_a_forward_of_its_own_is_needed(tm
             monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
 
     sharded(selector="none")
-    sharded(reference="zero", scout_ratio=0.0)
+    sharded(reference="zero", selector="mirror")
     for settings in (
-        {"reference": "tracked"},
-        {"scout_ratio": 0.0},
+        {},
         {"reference": "zero"},
+        {"selector": "mirror"},
+        {"selector": "mirror", "reference": "tracked"},
+        {"selector": "mirror", "reference": "zero", "refine_fraction": 0.5},
         {"selector": "none", "refine_fraction": 0.5, "refine_policy": "random"},
     ):
         with pytest.raises(ValueError, match="a model sharded by FSDP or DeepSpeed"):
@@ -447,7 +449,7 @@ class Processor(ProcessorMixin):
         return self.tokenizer([text] if isinstance(text, str) else text, **kwargs)
 
 
-@pytest.mark.parametrize("settings", [{"scout_ratio": 0.5}, {"refine_fraction": 0.5, "max_new_tokens": 3}])
+@pytest.mark.parametrize("settings", [{}, {"refine_fraction": 0.5, "max_new_tokens": 3}])
 def test_a_processor_may_take_the_place_of_a_tokenizer(tmp_path, model_dir, settings):
     datasets = {"train_dataset": TRAIN, "validation_dataset": VALIDATION}
     args = config(tmp_path, max_steps=2, **settings)

@@ -92,7 +92,7 @@ def _run_train(options: list[str]) -> int:
         if name in metrics:
             print(f"{name} {metrics[name]:.4f}")
     print(f"weights {args.output_dir}/weights.parquet")
-    if args.refine_fraction:
+    if args.refines:
         print(f"responses {args.output_dir}/refinements.parquet")
     print(f"model {args.output_dir}")
     return 0

@@ -5,65 +5,34 @@ is filled in by `BilevelConfig.resolve`; what cannot work is refused by `Bilevel
 """
 
 import logging
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
-from enum import Enum
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from trl import SFTConfig
 
+from tamis.settings import as_number, choices_of, given_fields, setting, warn_without_effect
 from tamis.trl_options import NO_EFFECT, given_loader_settings, is_sharded, refuse_options
 
 logger = logging.getLogger(__name__)
 
-# Scouts are gentle, so that the model learns what the validation rows want and keeps what it knew (LOG.md: on
-# SIGMORPHON, trained at 2e-3, a scout at 3e-4 ranked rows with AUROC 0.91, at 1e-3 with 0.84).
-_SCOUT_LEARNING_RATE_RATIO = 0.15
+# Scouts are tried at these multiples of the learning rate: no single one ranks best everywhere (LOG.md).
+SCOUT_LEARNING_RATE_RATIOS = (0.15, 0.5, 1.5)
+# A scout of default length sees so many validation rows, but none more often than this.
+SCOUT_VISITS, MAX_SCOUT_EPOCHS = 2000, 40
+# Share of the validation loss where nothing is known of the training rows.
+DEFAULT_RHO = 0.5
 # Step size of the scores: logits per standard deviation of the excess loss for `mirror`, logits for the Adam rules (the
 # rate of SEAL's example, for either map).
 DEFAULT_SELECTOR_LEARNING_RATE = {"mirror": 1.75, "softmax": 5e-3, "sigmoid": 5e-3}
-# Not for a replay: a secret, where an earlier run was taken up, and what `config.yaml` tells of the run it came from.
-_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "run_info")
-
 
 ScoreMap = Literal["bounded", "softmax"]
 
 
 class SelectorTraits(Protocol):
-    """What the settings must know of a selector: `tamis.Selector` documents the attributes."""
+    """What the settings must know of a selector: `tamis.Selector` documents the attribute."""
 
     uses_excess: ClassVar[bool]
-    can_scout: ClassVar[bool]
-
-
-def setting(default: Any, help: str, **options: Any) -> Any:
-    """A field of a settings dataclass; ``options`` are those of its command line argument."""
-    return field(default=default, metadata={"help": help, **options})
-
-
-def given_fields(arguments: Any) -> dict[str, Any]:
-    """The plain values of a dataclass that differ from their defaults, as `--config` reads them."""
-    defaults = {
-        f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(arguments)
-    }
-    given = {n: getattr(arguments, n) for n in defaults}
-    given = {n: v.value if isinstance(v, Enum) else v for n, v in given.items()}
-    given = {n: v for n, v in given.items() if v != defaults[n] and n not in _NOT_REPLAYED}
-    return {n: v for n, v in given.items() if isinstance(v, bool | int | float | str | list | dict | None)}
-
-
-def warn_without_effect(given: Iterable[str], inactive: dict[str, list[str]]) -> None:
-    """The one way in which a setting without effect is said.
-
-    Args:
-        given: names of the settings that the user has set.
-        inactive: names of settings that change nothing, under the reason why they do not.
-    """
-    reasons = {name: reason for reason, names in reversed(inactive.items()) for name in names}
-    for name in given:
-        if name in reasons:
-            logger.warning(f"{name} is set but has no effect: {reasons[name]}")
 
 
 class Resolved:
@@ -71,12 +40,14 @@ class Resolved:
 
     score_map: ScoreMap | None = None
     selector_learning_rate: float | None = None
-    scout_ratio: float
-    scout_learning_rate: float = 0.0
-    rho_start: float
+    scout_learning_rates: tuple[float, ...] = ()
+    rho: float | None
+    rho_start: float | None
     per_device_validation_batch_size: int
     generation_batch_size: int
     refine_start: float
+    response_temperature: float
+    refine_fraction: float | None  # None: as many as are likely to be wrong
 
     def __init__(self) -> None:
         self.announcements: list[str] = []
@@ -104,10 +75,11 @@ class BilevelConfig(SFTConfig):
     )
 
     # > Parameters that control the selection
-    selector: Literal["mirror", "softmax", "sigmoid", "bmo", "column", "none"] = setting(
-        "mirror",
-        "How losses become row weights: 'mirror', 'softmax' and 'sigmoid' (SEAL's rule: Adam on the logits of all "
-        "rows), 'bmo' (closed form), 'column' (a static weight column, no validation dataset needed) or 'none' "
+    selector: Literal["scout", "mirror", "softmax", "sigmoid", "bmo", "column", "none"] = setting(
+        "scout",
+        "How rows get weights. Before training: 'scout' (the probability of being like the validation rows). Along the "
+        "training steps: 'mirror', 'softmax' and 'sigmoid' (SEAL's rule: Adam on the logits of all "
+        "rows), 'bmo' (closed form). Given: 'column' (a column of weights, no validation dataset needed), 'none' "
         "(direct mixing).",
     )
     score_map: ScoreMap | None = setting(
@@ -123,24 +95,29 @@ class BilevelConfig(SFTConfig):
     bmo_temperature: float = setting(0.5, "Temperature of the selector 'bmo', in nats per token; smaller is sharper.")
     reference: Literal["zero", "base", "tracked"] = setting(
         "base",
-        "What the loss of a row is compared with: 'zero', 'base' (the model before training) or 'tracked' (a model "
-        "that follows the training rows alone).",
-    )
-    scout_ratio: float | None = setting(
-        None,
-        "Steps of scouting before training, as a part of the training steps: the model descends the validation loss "
-        "alone, every training row is scored, and the model is put back. 0: scores follow the training steps instead. "
-        "Default: 0.25 for 'mirror' with references 'zero' and 'base', else 0.",
+        "What the selectors that follow the steps compare a loss with: 'zero', 'base' (the model before training) or "
+        "'tracked' (a model that follows the training rows alone).",
     )
     scout_learning_rate: float | None = setting(
-        None, "Learning rate of the scouting steps. Default: 0.15 times --learning_rate."
+        None,
+        "Learning rate of the scout. Default: the best of 0.15, 0.5 and 1.5 times --learning_rate, as validation rows "
+        "that the scout has not seen tell.",
+    )
+    scout_epochs: float | None = setting(
+        None,
+        "Passes of the scout over the validation rows. Default: as many as make 2000 rows, at most 40, or half "
+        "or a quarter of that, whichever is best.",
     )
     reference_learning_rate: float | None = setting(
         None, "Constant learning rate of the reference 'tracked'. When not set it follows the model's schedule."
     )
 
     # > Parameters that control the two levels
-    rho: float = setting(0.5, "Share of the validation loss in the objective, in [0, 1].")
+    rho: float | None = setting(
+        None,
+        "Share of the validation loss in the objective, in [0, 1]. Default: with 'scout' such that a validation row "
+        "counts as much as a training row that is surely right, else 0.5.",
+    )
     rho_start: float | None = setting(
         None, "Share at the first step, from where it goes linearly to --rho. Constant when not set."
     )
@@ -155,12 +132,16 @@ class BilevelConfig(SFTConfig):
     )
 
     # > Parameters that control the refining
-    refine_fraction: float = setting(0.0, "Part of the rows that get new responses from the model. 0: no refining.")
+    refine_fraction: str = setting(
+        "0",
+        "Part of the rows that get new responses from the model; 'auto': those that are more likely wrong than right "
+        "(selector 'scout'). 0: no refining.",
+    )
     refine_start: float | None = setting(
         None,
         "First refresh: an optimizer step, or below 1 a part of all steps. Default: 0 where the weights are settled "
-        "before training (scouting, 'column') or do not matter ('random'), so that bad responses are never trained "
-        "on; else 0.25.",
+        "before training ('scout', 'column') or do not matter ('random'), so that bad responses are never trained on; "
+        "else 0.25.",
     )
     refine_every: float = setting(
         0.25, "From one refresh to the next: optimizer steps (1: every step), or below 1 a part of all steps."
@@ -177,8 +158,10 @@ class BilevelConfig(SFTConfig):
     response_weighting: Literal["bmo", "uniform"] = setting(
         "bmo", "How the responses to a prompt share its weight: 'bmo' (importance ratios) or 'uniform'."
     )
-    response_temperature: float = setting(
-        0.15, "Temperature tau of 'bmo': responses count p^(1/tau)/q. Smaller is sharper."
+    response_temperature: float | None = setting(
+        None,
+        "Temperature tau of 'bmo': responses count p^(1/tau)/q. Smaller is sharper. Default: 1 with selector 'scout', "
+        "which tells right responses from wrong ones, else 0.15.",
     )
     ratio_level: Literal["token", "sequence"] = setting(
         "token", "Importance ratios of a token on average (geometric mean), or of the whole response."
@@ -208,6 +191,8 @@ class BilevelConfig(SFTConfig):
     vllm_gpu_memory_utilization: float = setting(0.3, "Part of the GPU memory that vLLM takes in this process.")
 
     def __post_init__(self) -> None:
+        if str(self.refine_fraction) != "auto":
+            self.refine_fraction = as_number("refine_fraction", self.refine_fraction)
         # Before the parent classes resolve fields of their own: this is what a replay needs.
         self.given_settings = given_fields(self)
         if self.bf16 is None and not torch.accelerator.is_available():
@@ -225,7 +210,7 @@ class BilevelConfig(SFTConfig):
             selector: an instance that takes the place of the name in the field `selector`.
         """
         resolved = Resolved()
-        scouts = selector is None and self.selector == "mirror" and self.reference != "tracked"
+        scouts = self.scouts(selector)
         if selector is None:
             default_map, reason = {
                 "mirror": ("bounded", "a row can lose its weight but not take all of it"),
@@ -238,28 +223,28 @@ class BilevelConfig(SFTConfig):
                 DEFAULT_SELECTOR_LEARNING_RATE.get(self.selector),
                 f"default of selector '{self.selector}'",
             )
-        reason = "rows are scored before they are trained on" if scouts else "scores follow the training steps"
-        resolved.set("scout_ratio", self.scout_ratio, 0.25 if scouts else 0.0, reason)
-        if resolved.scout_ratio:
-            resolved.set(
-                "scout_learning_rate",
-                self.scout_learning_rate,
-                _SCOUT_LEARNING_RATE_RATIO * self.learning_rate,
-                f"{_SCOUT_LEARNING_RATE_RATIO} * learning_rate, gentle to keep what the model knows",
-            )
-        resolved.set("rho_start", self.rho_start, self.rho, "constant rho")
+        if scouts:
+            given = None if self.scout_learning_rate is None else (self.scout_learning_rate,)
+            rates = tuple(ratio * self.learning_rate for ratio in SCOUT_LEARNING_RATE_RATIOS)
+            reason = f"{', '.join(map(str, SCOUT_LEARNING_RATE_RATIOS))} times learning_rate: unseen rows choose"
+            resolved.set("scout_learning_rates", given, rates, reason)
+        resolved.set("rho", self.rho, None if scouts else DEFAULT_RHO, "half of the objective")
+        resolved.set("rho_start", self.rho_start, resolved.rho, "constant rho")
         resolved.set(
             "per_device_validation_batch_size",
             self.per_device_validation_batch_size,
             self.per_device_train_batch_size,
             "as many as training rows",
         )
-        if self.refine_fraction:
+        resolved.refine_fraction = None if self.refine_fraction == "auto" else float(self.refine_fraction)
+        if self.refines:
             num_rows = self.per_device_train_batch_size + resolved.per_device_validation_batch_size
             reason = "the rows of a training micro-batch, so that it fits where training fits"
             resolved.set("generation_batch_size", self.generation_batch_size, num_rows, reason)
+            reason = "the scout tells responses apart" if scouts else "likely responses become likelier"
+            resolved.set("response_temperature", self.response_temperature, 1.0 if scouts else 0.15, reason)
             is_column = selector is None and self.selector == "column"
-            if resolved.scout_ratio or is_column or self.refine_policy == "random":
+            if scouts or is_column or self.refine_policy == "random":
                 start, reason = 0.0, "the rows to refine are known before the first step"
             else:
                 start, reason = 0.25, "the scores need steps to tell rows apart"
@@ -267,13 +252,22 @@ class BilevelConfig(SFTConfig):
         return resolved
 
     @property
+    def refines(self) -> bool:
+        """Whether rows may get new responses."""
+        return self.refine_fraction == "auto" or float(self.refine_fraction) > 0
+
+    @property
     def trains_on_validation(self) -> bool:
         """Whether any step descends the validation loss."""
-        return max(self.rho, self.rho_start or 0.0) > 0
+        return self.rho is None or max(self.rho, self.rho_start or 0.0) > 0
+
+    def scouts(self, selector: SelectorTraits | None = None) -> bool:
+        """Whether a scout scores the rows before training."""
+        return selector is None and self.selector == "scout"
 
     def uses_validation(self, selector: SelectorTraits | None = None) -> bool:
         """Whether validation rows take any part in the run: in its steps or in scouting."""
-        return self.trains_on_validation or self.resolve(selector).scout_ratio > 0
+        return self.trains_on_validation or self.scouts(selector)
 
     # --- what cannot work -------------------------------------------------------------------------------------------
 
@@ -298,22 +292,27 @@ class BilevelConfig(SFTConfig):
                 "column (weights from a column) or --selector none (every row counts the same)"
             )
         if self.uses_validation(selector) and not has_validation:
+            rho = DEFAULT_RHO if self.rho is None else self.rho
             raise ValueError(
-                f"rho={self.rho}, rho_start={self.rho_start} weigh the validation rows, but --validation_dataset is "
+                f"rho={rho}, rho_start={self.rho_start} weigh the validation rows, but --validation_dataset is "
                 "missing; or set --rho 0 and leave --rho_start out"
             )
-        can_scout = self.selector in ("mirror", "bmo") if selector is None else selector.can_scout
-        if self.scout_ratio and (not can_scout or self.reference == "tracked"):
+        if self.rho is None and self.rho_start is not None and self.scouts(selector):
+            raise ValueError("rho_start goes to a rho that the scout chooses: set --rho too")
+        if self.refine_fraction == "auto" and not self.scouts(selector):
             raise ValueError(
-                "scouting settles the scores before training, so it needs a selector that can scout ('mirror', 'bmo') "
-                f"and reference 'zero' or 'base', got selector {name} and reference '{self.reference}': leave "
-                "--scout_ratio out"
+                f"refine_fraction 'auto' is the share of rows that a scout thinks wrong, and selector {name} sends "
+                "none: give a number, or choose --selector scout"
             )
         if selector is None and self.selector == "column" and not has_weight:
             raise ValueError(
                 "selector 'column' reads a column 'weight' of the training rows: name it by --weight_column"
             )
-        if self.refine_fraction and self.refine_policy == "lowest" and selector is None and self.selector == "none":
+        if self.refine_fraction == "auto" and self.refine_policy == "random":
+            raise ValueError(
+                "refine_fraction 'auto' picks the rows that are likely wrong, not random ones: give a number"
+            )
+        if self.refines and self.refine_policy == "lowest" and selector is None and self.selector == "none":
             raise ValueError(
                 "selector 'none' gives all rows one weight: there is no lowest. Set --refine_policy random"
             )
@@ -322,16 +321,19 @@ class BilevelConfig(SFTConfig):
         given += ["validation_dataset"] if has_validation else []
         warn_without_effect(given, self._inactive(name, is_static, selector) | NO_EFFECT)
         if self.push_to_hub:
-            rows = ", and refinements.parquet with prompts and responses of rows" if self.refine_fraction else ""
+            rows = ", and refinements.parquet with prompts and responses of rows" if self.refines else ""
             logger.warning(f"push_to_hub uploads the whole of output_dir: also config.yaml and weights.parquet{rows}")
 
     def _refuse_bad_values(self) -> None:
-        for name in ("rho", "rho_start", "rho_decay_ratio", "scout_ratio", "refine_fraction", "generation_top_p"):
+        for name in ("rho", "rho_start", "rho_decay_ratio", "refine_fraction", "generation_top_p"):
             value = getattr(self, name)
+            if name == "refine_fraction":
+                value = None if value == "auto" else float(value)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
         for name in (
-            "selector_learning_rate", "scout_learning_rate", "reference_learning_rate", "bmo_temperature",
+            "selector_learning_rate", "scout_learning_rate", "scout_epochs", "reference_learning_rate",
+            "bmo_temperature",
             "per_device_validation_batch_size", "num_generations", "refine_every", "response_temperature",
             "generation_temperature", "generation_top_p", "generation_batch_size", "max_new_tokens",
             "importance_ratio_cap",
@@ -349,21 +351,21 @@ class BilevelConfig(SFTConfig):
     def _refuse_pairs(self, is_static: bool, selector: SelectorTraits | None) -> None:
         """Settings of TRL that work on their own, but not beside what else is set."""
         has_reference = not is_static and self.reference != "zero"
-        needs_plain_model = bool(self.resolve(selector).scout_ratio or self.refine_fraction or has_reference)
+        needs_plain_model = self.scouts(selector) or self.refines or has_reference
         if needs_plain_model and is_sharded(self):
             raise ValueError(
                 "a model sharded by FSDP or DeepSpeed runs as one wrapped module, and scouting, refining and the "
-                "references 'base' and 'tracked' need a forward of their own: set --scout_ratio 0, --refine_fraction "
-                "0 and --reference zero"
+                "references 'base' and 'tracked' need a forward of their own: choose another --selector with "
+                "--reference zero and --refine_fraction 0"
             )
-        if self.fp16 and self.reference == "tracked" and not is_static:
+        if self.fp16 and self.reference == "tracked" and not is_static and not self.scouts(selector):
             raise ValueError("fp16 scales the loss, and the reference 'tracked' has no scaler: set --bf16 instead")
-        if self.refine_fraction and self.save_only_model and self.refine_on_error == "stop":
+        if self.refines and self.save_only_model and self.refine_on_error == "stop":
             raise ValueError(
                 "save_only_model leaves nothing to resume from where a generator fails: set --refine_on_error "
                 "continue, or leave it out"
             )
-        if self.refine_fraction and self.completion_only_loss is False:
+        if self.refines and self.completion_only_loss is False:
             raise ValueError("completion_only_loss false trains on prompts, which have no new responses: leave it out")
 
     def _inactive(self, selector_name: str, is_static: bool, selector: SelectorTraits | None) -> dict[str, list[str]]:
@@ -380,13 +382,13 @@ class BilevelConfig(SFTConfig):
         add(name not in DEFAULT_SELECTOR_LEARNING_RATE, not_read, "selector_learning_rate")
         add(name != "bmo", not_read, "bmo_temperature")
         add(name == "instance", f"the trainer was given a selector, {selector_name}", "selector")
-        add(is_static, not_read, "reference")
+        add(is_static or self.scouts(selector), not_read, "reference", "reference_learning_rate")
         add(self.reference != "tracked", f"reference '{self.reference}' is not trained", "reference_learning_rate")
-        add(not self.resolve(selector).scout_ratio, "there is no scouting", "scout_learning_rate")
+        add(not self.scouts(selector), not_read, "scout_learning_rate", "scout_epochs")
         add(self.rho_start is None, "rho_start is not set", "rho_decay_ratio")
         unused = f"selector {selector_name} with rho {self.rho} uses no validation rows"
         add(not self.uses_validation(selector), unused, "validation_dataset")
-        add(not self.refine_fraction, "refine_fraction is 0", *_REFINING)
+        add(not self.refines, "refine_fraction is 0", *_REFINING)
         uniform = self.response_weighting == "uniform"
         add(uniform, "response_weighting is 'uniform'", "response_temperature", "ratio_level", "importance_ratio_cap")
         add(self.generator == "vllm", "generator is 'vllm'", "generation_batch_size")
@@ -397,16 +399,8 @@ class BilevelConfig(SFTConfig):
         return inactive
 
 
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    """What a Literal allows, or a Literal or None; () for any other annotation."""
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    parts = [part for part in get_args(annotation) if get_origin(part) is Literal]
-    return (None, *get_args(parts[0])) if parts else ()
-
-
 _OWN = [f for f in fields(BilevelConfig) if f.name in BilevelConfig.__annotations__]
-_CHOICES = {f.name: choices for f in _OWN if (choices := _choices(f.type))}
+_CHOICES = {f.name: choices for f in _OWN if (choices := choices_of(f.type))}
 _NAMES = [f.name for f in _OWN]
 _REFINING = _NAMES[_NAMES.index("refine_start") :]
 REFINING_FIELDS = ["refine_fraction", *_REFINING]

@@ -6,6 +6,7 @@
 | `metrics.jsonl`       | one JSON object per log step, appended as training goes                                      |
 | `weights.parquet`     | one row per training row: example_id, source, row, content_hash, weight, score, ...          |
 | `refinements.parquet` | one row per refresh and refined row: its new responses and their weights at that step        |
+| `scout.json`          | what scouting found: share of right rows, AUROC to expect, every trial (selector `scout`)    |
 | `scout.safetensors`   | what scores new responses (`tamis.selection.scout`); runs with refining only                 |
 
 Files are written under a temporary name and renamed, so that a reader never meets half of one. `metrics.jsonl` is the
@@ -31,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tamis.files import write_atomically
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _REFINEMENTS = pa.schema(
     {
         "example_id": pa.int64(),
@@ -87,10 +88,9 @@ class Recorder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. NaN and infinity are written as null: the lines are strict JSON."""
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(_as_json(record)) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after ``step`` (0: all of it) and responses from it on: those steps run again."""
@@ -114,6 +114,11 @@ class Recorder:
         if step == 0:
             kept = []
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+    def write_scout(self, found: dict[str, Any]) -> None:
+        """Write ``scout.json``; ``found``: see `tamis.selection.trials.Outcome.to_dict`."""
+        text = json.dumps({"format_version": FORMAT_VERSION, **found}, indent=1, allow_nan=False)
+        write_atomically(self.output_dir / "scout.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def write_weights(self, row_table: pa.Table, columns: dict[str, np.ndarray[Any, Any]]) -> None:
         """Write ``weights.parquet``: one row per training row, in order.
@@ -160,6 +165,15 @@ class Recorder:
             table = pa.concat_tables([pq.read_table(path), table])
         table = table.replace_schema_metadata({"tamis_format_version": str(FORMAT_VERSION)})
         write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def _as_json(value: Any) -> Any:
+    """The same with null for every number that is none."""
+    if isinstance(value, dict):
+        return {name: _as_json(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_as_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_text(content: Any) -> str:

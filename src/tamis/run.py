@@ -6,9 +6,10 @@ from typing import Any
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from tamis.config import BilevelConfig, given_fields, warn_without_effect
+from tamis.config import BilevelConfig
 from tamis.data import load_rows
 from tamis.progress import ProgressCallback, use_progress
+from tamis.settings import given_fields, warn_without_effect
 from tamis.trainer import BilevelTrainer
 
 

@@ -8,7 +8,7 @@ never from a global generator, so that a resumed run and a run on another number
 Shape suffixes: B rows of a micro-batch, training rows first; L its training rows, U its validation rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,11 +120,30 @@ def as_row(prompt: list[int], response: list[int]) -> dict[str, list[int]]:
     return {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
 
 
+def drawn_rows(visits_N: Tensor, seed: int, epoch: int) -> Tensor:
+    """The N visits of an epoch, in the order of the rows: row i has ``visits_N[i]`` of them, rounded up or down.
+
+    Systematic resampling: right on average over epochs, and each row exactly once where all visits are one.
+
+    Args:
+        visits_N: non-negative, mean one.
+    """
+    num_rows = len(visits_N)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    offset = torch.randint(2**20, (1,), generator=generator).item() / 2**20
+    ends = visits_N.double().cumsum(0)
+    ends = ends * (num_rows / ends[-1])
+    ends[-1] = num_rows  # whatever was rounded away
+    counts = torch.diff((ends + offset).floor(), prepend=torch.zeros(1, dtype=torch.float64)).long()
+    return torch.repeat_interleave(torch.arange(num_rows), counts)
+
+
 class BilevelBatchSampler(Sampler[list[int]]):
     """Places in the concatenation (training rows, validation rows), one list per step of one rank.
 
     An epoch is one pass over the training rows; the validation rows cycle through permutations of their own. All ranks
     together hold a contiguous slice of the permutation in each step, so 2 ranks of 8 rows see what 1 rank of 16 does.
+    Where rows are visited by their weight, an epoch has as many visits, and each row a share of them.
 
     Args:
         num_training, num_validation: rows of the two datasets; ``num_validation`` may be 0.
@@ -132,6 +151,8 @@ class BilevelBatchSampler(Sampler[list[int]]):
         seed: all the randomness there is.
         rank, num_ranks: which share of the global batch this process takes.
         drop_last: leave out the last step of an epoch if it has fewer training rows than the others.
+        visits: how often each training row is to be visited in an epoch on average (mean one), asked at every step
+            and drawn anew where it is another tensor; None for each row once.
     """
 
     def __init__(
@@ -145,6 +166,7 @@ class BilevelBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         num_ranks: int = 1,
         drop_last: bool = False,
+        visits: Callable[[], Tensor | None] = lambda: None,
     ):
         self.num_training, self.num_validation = num_training, num_validation
         self.training_batch_size = training_batch_size
@@ -152,7 +174,7 @@ class BilevelBatchSampler(Sampler[list[int]]):
         self.seed, self.epoch = seed, 0
         self.rank, self.num_ranks = rank, num_ranks
         self._order = EndlessPermutations(num_validation, seed)
-        self.drop_last = drop_last
+        self.drop_last, self._visits = drop_last, visits
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is. `transformers` does, at the start of each and on resume."""
@@ -165,10 +187,14 @@ class BilevelBatchSampler(Sampler[list[int]]):
         return num_full + keep_last
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = self.epoch
-        order = permutation(self.num_training, self.seed, epoch, level=0)
+        epoch, visits = self.epoch, None
+        places = permutation(self.num_training, self.seed, epoch, level=0)
+        order = places
         stride = self.training_batch_size * self.num_ranks
         for step in range(len(self)):
+            present = self._visits()
+            if present is not None and present is not visits:
+                visits, order = present, drawn_rows(present, self.seed, epoch)[places]
             rows = order[step * stride : (step + 1) * stride].tensor_split(self.num_ranks)[self.rank]
             yield rows.tolist() + self._validation_places(epoch * len(self) + step)
 
@@ -185,13 +211,14 @@ def make_stream(
     *,
     training_batch_size: int,
     validation_batch_size: int,
+    visits: Callable[[], Tensor | None] = lambda: None,
 ) -> DataLoader[Any]:
     """The `MicroBatch`es of one rank.
 
     Args:
         validation: None where the steps have no validation rows.
         args: for seed and ranks.
-        training_batch_size, validation_batch_size: see `BilevelBatchSampler`.
+        training_batch_size, validation_batch_size, visits: see `BilevelBatchSampler`.
     """
     num_training, num_validation = len(training), 0 if validation is None else len(validation)
     ids = training.ids if validation is None else torch.cat([training.ids, validation.ids])
@@ -210,6 +237,7 @@ def make_stream(
         rank=args.process_index,
         num_ranks=args.world_size,
         drop_last=args.dataloader_drop_last,
+        visits=visits,
     )
     places: Any = range(num_training + num_validation)
     return _Stream(places, batch_sampler=sampler, collate_fn=name)

@@ -159,6 +159,7 @@ class BilevelTrainer(RowEvaluation):
             self.args,
             training_batch_size=self._train_batch_size,
             validation_batch_size=self.resolved.per_device_validation_batch_size,
+            visits=lambda: self.weighting.visits(),
         )
 
     def get_batch_samples(
@@ -183,8 +184,11 @@ class BilevelTrainer(RowEvaluation):
 
     def current_rho(self) -> float:
         """Share of the validation loss in the present step."""
+        rho, rho_start = self.resolved.rho, self.resolved.rho_start
+        if rho is None or rho_start is None:
+            return self.weighting.rho()
         progress = self.state.global_step / max(self.state.max_steps, 1)
-        return rho_at(progress, self.resolved.rho_start, self.args.rho, self.args.rho_decay_ratio)
+        return rho_at(progress, rho_start, rho, self.args.rho_decay_ratio)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -12,7 +12,6 @@ Shape suffixes: B rows of a micro-batch, L its training rows, N rows of the trai
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,16 +26,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tamis.bilevel import effective_sample_size, penalty_gap
-from tamis.config import BilevelConfig, Resolved
+from tamis.config import DEFAULT_RHO, BilevelConfig, Resolved
 from tamis.losses import stop_if_not_finite
 from tamis.recorder import Recorder
 from tamis.refining.generation import GenerationError, check_installed, make_generator
 from tamis.refining.refiner import Refiner, make_refiner
 from tamis.rows import row_name
+from tamis.selection.make import make_row_weights
 from tamis.selection.references import ZeroReference, make_reference
-from tamis.selection.row_weights import RowWeights, SelectorWeights, make_row_weights
-from tamis.selection.scout import SCOUT_FILE, Evidence, Scout, ScoutSettings
+from tamis.selection.row_weights import RowWeights, ScoutWeights
+from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, scout_lengths
 from tamis.selection.selectors import Selector, check_selector
+from tamis.selection.trials import MIN_VALIDATION_ROWS, Outcome, describe, send_scout
 from tamis.stream import Batches, BatchRows, MicroBatch
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def check_available(args: BilevelConfig, selector: Selector | None) -> None:
     """
     if selector is not None:
         check_selector(selector)
-    if args.refine_fraction:
+    if args.refines:
         check_installed(args.generator)
 
 
@@ -106,38 +107,38 @@ class RowWeighting:
                 args.reference,
                 model,
                 len(train_rows),
-                is_measured=bool(resolved.scout_ratio),
                 reduce_gradient=self._sum_over_ranks,
                 max_grad_norm=args.max_grad_norm,
             )
         self.scout = self._make_scout()
         self.refiner: Refiner | None = None
-        if args.refine_fraction:
+        if args.refines:
             generator = make_generator(model, accelerator, processing_class, args, resolved.generation_batch_size)
             self.refiner = make_refiner(args, resolved, generator, model, batches, self.row_weights, self.scout)
-        self.evidence: Evidence | None = None  # of the scout, once there has been one
+        self.outcome: Outcome | None = None  # of scouting, once there has been any
+        self._visits_N: Tensor | None = None
+        self._visits_R: Tensor | None = None
         self._step = 0
         self._window: list[tuple[Tensor, ...]] = []
         self._refresh_metrics: dict[str, float] = {}
 
     def _make_scout(self) -> Scout | None:
         """None where no row is scored before training, and no generated response is compared with the base model."""
-        measures_responses = bool(self.args.refine_fraction) and self.row_weights.uses_excess
-        if not self.resolved.scout_ratio and not (measures_responses and self.args.reference == "base"):
+        measures_responses = self.args.refines and self.row_weights.uses_excess and self.args.reference == "base"
+        if not isinstance(self.row_weights, ScoutWeights) and not measures_responses:
             return None
         return Scout(
             self.model,
             self.batches,
-            self.args.reference,
             batch_size=2 * self.args.per_device_train_batch_size,  # no gradients are kept: twice the rows fit
-            keep=bool(self.args.refine_fraction),
+            keep=self.args.refines,
             show_progress=not self.args.disable_tqdm,
         )
 
     @property
     def announcements(self) -> list[str]:
         """How it was set up, one line each."""
-        return [f"reference = {self.reference.description}"]
+        return [f"reference = {self.reference.description}"] if self.row_weights.uses_excess else []
 
     # --- before training --------------------------------------------------------------------------------------------
 
@@ -162,10 +163,10 @@ class RowWeighting:
             ValueError: see `plan`, or the scout of the earlier run is missing.
         """
         self.plan(max_steps)
-        if self.scout and self.resolved.scout_ratio:
+        if self.scout and isinstance(self.row_weights, ScoutWeights):
             if resume is None:
-                self._score_rows(self.scout, model, max_steps)
-            elif self.refiner:
+                self._send_scout(self.scout, self.row_weights, model)
+            elif self.refiner and self._can_scout:
                 earlier = Path(resume).parent
                 self.scout.load(earlier / SCOUT_FILE)
                 if self.recorder and earlier.resolve() != self.recorder.output_dir.resolve():
@@ -173,50 +174,69 @@ class RowWeighting:
         if not self.refiner:
             self.scout = None  # no more rows to score: its parameters need not be kept
 
-    def _score_rows(self, scout: Scout, model: nn.Module, max_steps: int) -> None:
-        """Scout, and settle the scores: see `tamis.selection.scout`."""
-        assert isinstance(self.row_weights, SelectorWeights) and self.validation_dataset is not None
-        args, resolved = self.args, self.resolved
+    @property
+    def _can_scout(self) -> bool:
+        return self.validation_dataset is not None and len(self.validation_dataset) >= MIN_VALIDATION_ROWS
+
+    def _send_scout(self, scout: Scout, row_weights: ScoutWeights, model: nn.Module) -> None:
+        """Score all rows, and settle their weights: see `tamis.selection.trials`."""
+        assert self.validation_dataset is not None, "checked by the settings"
+        args, num_validation = self.args, len(self.validation_dataset)
+        if not self._can_scout:
+            logger.warning(
+                f"{num_validation} validation rows are too few to tell what a right row looks like: all weights are "
+                f"one. Give at least {MIN_VALIDATION_ROWS}, ideally 50"
+            )
+            return
+        batch_size = self.resolved.per_device_validation_batch_size
         settings = ScoutSettings(
-            num_steps=max(1, int(resolved.scout_ratio * max_steps)),
-            learning_rate=resolved.scout_learning_rate,
+            learning_rates=self.resolved.scout_learning_rates,
+            num_steps=scout_lengths(
+                num_validation,
+                batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
+                args.scout_epochs,
+            ),
             betas=(args.adam_beta1, args.adam_beta2),
             epsilon=args.adam_epsilon,
             max_grad_norm=args.max_grad_norm,
-            batch_size=resolved.per_device_validation_batch_size,
+            batch_size=batch_size,
             num_micro_batches=args.gradient_accumulation_steps,
             seed=args.seed,
         )
-        logger.info(f"scouting: {settings.num_steps} steps on the validation rows, then all training rows are scored")
-        loss_R, reference_R = scout.score(model, self.validation_dataset, self.train_dataset, settings)
         ids_R = self.batches.training.ids
-        stop_if_not_finite(loss_R - reference_R, lambda k: self._row_name(int(ids_R[k])), step=0)
-        self.evidence = scout.evidence
-        found = f"{scout.evidence.criterion:.3f} +- {scout.evidence.error:.3f}"
-        if math.isnan(scout.evidence.criterion):
-            logger.warning(
-                f"{len(self.validation_dataset)} validation rows are too few to check the scout by rows that it has "
-                "not seen: its scores are used as they are. Give at least four"
-            )
-        elif scout.is_believed:
-            logger.info(
-                f"training rows have a higher excess loss than unseen validation rows with probability {found} "
-                "(one half: no difference)"
-            )
-        if scout.is_believed:
-            self.row_weights.score_rows(ids_R, loss_R, loss_R - reference_R)
-        else:
-            logger.warning(
-                f"the scout cannot tell training rows from validation rows that it has not seen (probability {found}, "
-                "one half is chance): it is not believed and all weights stay at one. Either the training rows are "
-                "all right, or give more validation rows, or change --scout_learning_rate or --scout_ratio"
-            )
-            if self.refiner and self.args.refine_policy == "lowest":
-                logger.warning("no row is refined: with equal weights there is no lowest")
-            self.row_weights.settle(ids_R, loss_R)
-        self.reference.remember(ids_R, reference_R)
-        if self.refiner and self.recorder:
-            scout.save(self.recorder.output_dir / SCOUT_FILE)
+        self.outcome = send_scout(
+            scout,
+            model,
+            self.validation_dataset,
+            self.train_dataset,
+            settings,
+            name_of=lambda k: self._row_name(int(ids_R[k])),
+        )
+        if self.outcome.finding.calibration.is_believed:
+            row_weights.settle(ids_R, self.outcome.p_right_R)
+        row_weights.last_loss_N[ids_R] = self.outcome.loss_R
+        is_refined_later = self.refiner is not None and args.refine_policy == "lowest"
+        for level, line in describe(self.outcome, num_validation, is_refined_later):
+            logger.log(level, line)
+        if self.recorder:
+            self.recorder.write_scout(self.outcome.to_dict())
+            if self.refiner:
+                scout.save(self.recorder.output_dir / SCOUT_FILE)
+
+    def rho(self) -> float:
+        """Share of the validation loss where none is given: a validation row counts as a surely right training row."""
+        num_useful = self.row_weights.num_useful() if isinstance(self.row_weights, ScoutWeights) else None
+        if num_useful is None or self.validation_dataset is None:
+            return DEFAULT_RHO
+        return len(self.validation_dataset) / (len(self.validation_dataset) + num_useful)
+
+    def visits(self) -> Tensor | None:
+        """How often each prepared training row is to be visited in an epoch; None for each row once."""
+        visits_N = self.row_weights.visits_N()
+        if visits_N is not self._visits_N:
+            self._visits_N = visits_N
+            self._visits_R = None if visits_N is None else visits_N[self.batches.training.ids]
+        return self._visits_R
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
@@ -329,22 +349,25 @@ class RowWeighting:
 
         Weight and score are those of a row's original response: where it trains on generated ones (``refined``), they
         come from before it was refined. ``last_loss`` and ``num_updates`` of a refined row are those of its generated
-        responses. Rows that never entered training (``kept`` False) have weight 0.
+        responses. ``kept`` is whether a row is more likely right than wrong (``p_right`` at least one half), or, where
+        that is not known, whether it is trained on. Rows that never enter training have weight 0.
         """
         row_weights, is_kept_N = self.row_weights, self.is_kept_N
-        score_N, weight_N = row_weights.all_scores(), row_weights.all_weights()
+        score_N, weight_N, p_right_N = row_weights.all_scores(), row_weights.all_weights(), row_weights.p_right_N()
         is_refined_N = torch.zeros(len(row_weights), dtype=torch.bool)
         if self.refiner:  # the present mean of one is over the scores of generated responses
             score_N = self.refiner.original_scores()
+            p_right_N = torch.where(p_right_N.isnan(), p_right_N, torch.sigmoid(score_N))
             weight_N = row_weights.weights_of(score_N)
             weight_N = weight_N * (is_kept_N.sum() / weight_N.sum())
             is_refined_N[list(self.refiner.buffer.rows)] = True
         columns = {
             "weight": weight_N,
+            "p_right": torch.where(is_kept_N, p_right_N, torch.nan),
             "score": torch.where(is_kept_N, score_N, torch.nan),
             "num_updates": row_weights.num_updates_N,
             "last_loss": row_weights.last_loss_N,
-            "kept": is_kept_N,
+            "kept": is_kept_N & ~(p_right_N < 0.5),
             "refined": is_refined_N,
         }
         return {name: tensor.numpy() for name, tensor in columns.items()}

@@ -1,6 +1,7 @@
 """`tamis demo` end to end on few steps: the files it promises, and that a second call makes nothing again."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -8,26 +9,32 @@ import tamis.compare.methods
 import tamis.demo.run
 from tamis.cli import main
 from tamis.compare.methods import REFINING, SEAL
+from tamis.demo.language import make_language_world
 from tamis.demo.run import MIXING_RHOS
 from tamis.demo.world import make_world
 
 
 @pytest.fixture
 def small_world(monkeypatch):
-    def small(output_dir, *, seed, scenario):
-        return make_world(output_dir, seed=seed, scenario=scenario, num_train=200, num_eval=50, pretrain_steps=2)
+    size = {"num_train": 200, "num_eval": 50, "pretrain_steps": 2}
+    monkeypatch.setattr("tamis.selection.scout.SCOUT_VISITS", 64)
+    monkeypatch.setattr(tamis.demo.run, "make_world", partial(make_world, **size))
+    monkeypatch.setattr(tamis.demo.run, "make_language_world", partial(make_language_world, **size))
 
-    monkeypatch.setattr(tamis.demo.run, "make_world", small)
 
-
-def test_the_demo_writes_table_and_picture_and_does_not_repeat_itself(small_world, tmp_path, capfd, monkeypatch):
-    command = ["demo", "--output_dir", str(tmp_path / "demo"), "--max_steps", "6"]
+@pytest.mark.parametrize("options", [[], ["--scenario", "half_wrong"]])
+def test_the_demo_writes_table_and_picture_and_does_not_repeat_itself(
+    options, small_world, tmp_path, capfd, monkeypatch
+):
+    command = ["demo", "--output_dir", str(tmp_path / "demo"), "--max_steps", "6", *options]
     assert main(command) == 0
     table = capfd.readouterr().out
     rows = json.loads((tmp_path / "demo" / "comparison.json").read_text())
     names = [row["method"] for row in rows]
-    assert len(rows) == 8 + len(MIXING_RHOS)
-    assert {"plain SFT", "trusted rows alone", SEAL, "SEAL, top 80%", "tamis", REFINING} < set(names)
+    is_refined = bool(options)  # the base model of the language has no right responses to give
+    assert len(rows) == 7 + is_refined + len(MIXING_RHOS)
+    assert {"plain SFT", "trusted rows alone", SEAL, "SEAL, top 80%", "tamis"} < set(names)
+    assert (REFINING in names) == is_refined
     assert names[-1] == "oracle (right rows)"
     keys = {"method", "group", "test_loss", "test_accuracy", "gap_closure", "selection_auroc", "seconds"}
     for row in rows:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import plain_loss, tiny_model, tiny_tokenizer
+from conftest import plain_loss, tiny_model, tiny_tokenizer, worth
 from conftest import token_ids as ids
 from datasets import Dataset
 from scripted import ScriptedGenerator
@@ -17,7 +17,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from tamis.refining.generation import Completion, GenerationError, SamplingSettings
 from tamis.refining.refiner import Refiner, RefineSettings, in_steps, pick_rows
 from tamis.refining.responses import ResponseBuffer
-from tamis.selection.row_weights import SelectorWeights, make_row_weights
+from tamis.selection.make import make_row_weights
+from tamis.selection.row_weights import ScoutWeights
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows
 
 TOKENIZER = tiny_tokenizer()
@@ -109,18 +110,18 @@ def train_rows() -> PreparedRows:
 
 
 class StubScout:
-    """Losses by the last letter before the closing token; the reference finds all responses alike."""
+    """Probabilities by the last letter before the closing token; the base model finds all responses alike."""
 
-    reference_loss, is_believed = 1.5, True
+    base_loss = 1.5
 
-    def __init__(self, **loss_of_letter: float):
-        self.loss_of_letter = {ids(letter)[0]: loss for letter, loss in loss_of_letter.items()}
+    def __init__(self, **p_right_of_letter: float):
+        self.p_right_of_letter = {ids(letter)[0]: p for letter, p in p_right_of_letter.items()}
 
-    def losses(self, rows: Dataset, title: str = "") -> torch.Tensor:
-        return torch.tensor([self.loss_of_letter[row[-2]] for row in rows["input_ids"]])
+    def p_right(self, rows: Dataset) -> torch.Tensor:
+        return torch.tensor([self.p_right_of_letter[row[-2]] for row in rows["input_ids"]])
 
-    def reference_losses(self, rows: Dataset, title: str = "") -> torch.Tensor:
-        return torch.full((len(rows),), self.reference_loss)
+    def base_losses(self, rows: Dataset, title: str = "") -> torch.Tensor:
+        return torch.full((len(rows),), self.base_loss)
 
 
 class Recorded:
@@ -391,59 +392,105 @@ def test_a_log_prob_that_is_no_number_does_not_reach_a_weight():
 
 # --- scored by a scout ------------------------------------------------------------------------------------------------
 
+P_RIGHT = torch.tensor([0.95, 0.2, 0.6, 0.1, 0.8, 0.9])  # of rows 1 to 6
 
-def scouted_weights(name="mirror", **settings) -> SelectorWeights:
-    row_weights = make_row_weights(name, 8, **settings)
-    assert isinstance(row_weights, SelectorWeights)
-    excess = torch.tensor([-1.0, 0.5, 0.1, 0.8, -0.2, 0.3])
-    row_weights.score_rows(torch.arange(1, 7), excess, excess)
+
+def scouted_weights() -> ScoutWeights:
+    row_weights = ScoutWeights(8)
+    row_weights.exclude(torch.tensor([0, 7]))
+    row_weights.settle(torch.arange(1, 7), P_RIGHT)
     return row_weights
-
-
-@pytest.mark.parametrize("score_map", ["bounded", "softmax"])
-@pytest.mark.parametrize("name", ["mirror", "bmo"])
-def test_new_responses_are_scored_as_the_original_ones_were(name, score_map):
-    """One response each, by a scout that finds it as good as it found row 1 (-1.0) and row 5 (-0.2) of all rows."""
-    row_weights = scouted_weights(name, score_map=score_map)
-    before = row_weights.scores(torch.arange(8)).clone()
-    script = {"22=": "h.", "4=": "i."}
-    scout = StubScout(h=1.5 - 1.0, i=1.5 - 0.2)
-    refiner = refiner_of(lambda prompt, j: script[prompt.replace(" ", "")], row_weights, scout, num_generations=1)
-    refiner.refresh(0)
-    assert list(refiner.buffer.rows) == [2, 4]
-    torch.testing.assert_close(row_weights.scores(torch.tensor([2, 4])), before[[1, 5]])
-    assert torch.equal(row_weights.scores(torch.tensor([1, 3, 5, 6])), before[[1, 3, 5, 6]])
-    assert [row.responses[0].reference_loss for row in refiner.buffer.rows.values()] == [1.5, 1.5]
-    torch.testing.assert_close(refiner.original_scores(), before)
-
-
-def test_a_row_is_scored_by_the_mean_of_its_responses_as_they_count():
-    refiner = refiner_of(two_responses_ending_in_letters, scouted_weights(), StubScout(h=0.5, i=2.5))
-    refiner.refresh(0)
-    for i in (2, 4):
-        weights = refiner.buffer.weights(i)
-        assert 0.02 < weights[0] < 0.98
-        excess = weights[0] * (0.5 - 1.5) + weights[1] * (2.5 - 1.5)
-        expected = refiner.row_weights.scout_scores(excess[None]).float()
-        torch.testing.assert_close(refiner.row_weights.scores(torch.tensor([i])), expected)
 
 
 def two_responses_ending_in_letters(prompt: str, j: int) -> str:
     return prompt.replace(" ", "")[0] + "hi"[j] + "."
 
 
-@pytest.mark.parametrize("score_map", ["bounded", "softmax"])
-@pytest.mark.parametrize("excess", [-3.0, 9.0])
-def test_scoring_with_a_sharp_temperature_stays_finite(score_map, excess):
-    """Scores of 60 and -180: sigmoid is 1 in float64 at the first."""
-    row_weights = scouted_weights("bmo", score_map=score_map, temperature=0.05)
-    scout = StubScout(h=1.5 + excess, i=2.0 + excess)
-    refiner = refiner_of(two_responses_ending_in_letters, row_weights, scout)
+def test_new_responses_get_the_probability_that_the_scout_gives_them():
+    """One response each: a row is then as likely right as its response, and visited as often as that is worth."""
+    row_weights = scouted_weights()
+    before, visits = row_weights.all_scores(), row_weights.visits_N()
+    script = {"22=": "h.", "4=": "i."}
+    scout = StubScout(h=0.7, i=0.3)
+    refiner = refiner_of(lambda prompt, j: script[prompt.replace(" ", "")], row_weights, scout, num_generations=1)
+    refiner.refresh(0)
+    assert list(refiner.buffer.rows) == [2, 4]
+    torch.testing.assert_close(row_weights.p_right_N()[[2, 4]], torch.tensor([0.7, 0.3]))
+    assert torch.equal(row_weights.scores(torch.tensor([1, 3, 5, 6])), before[[1, 3, 5, 6]])
+    assert [row.responses[0].p_right for row in refiner.buffer.rows.values()] == pytest.approx([0.7, 0.3])
+    torch.testing.assert_close(refiner.original_scores(), before)
+    now = worth(torch.tensor([0.0, 0.95, 0.7, 0.6, 0.3, 0.8, 0.9, 0.0]))
+    assert row_weights.visits_N() is not visits
+    torch.testing.assert_close(row_weights.visits_N(), 6 * now / now.sum(), atol=1e-6, rtol=0)
+    assert row_weights.num_useful() == pytest.approx(now.sum().item(), abs=1e-6)
+
+
+def test_a_row_is_as_likely_right_as_the_response_that_it_would_draw_by_ratio():
+    refiner = refiner_of(two_responses_ending_in_letters, scouted_weights(), StubScout(h=0.9, i=0.2))
+    refiner.refresh(0)
+    for i in (2, 4):
+        p_right_G = torch.tensor([0.9, 0.2], dtype=torch.float64)
+        drawn_G = refiner.buffer.weights(i)
+        ratio_G = drawn_G / p_right_G / (drawn_G / p_right_G).sum()
+        assert 0.02 < ratio_G[0] < 0.98 and drawn_G[0] > ratio_G[0], "the likelier one is drawn more often"
+        expected = (ratio_G * p_right_G).sum().item()
+        assert refiner.row_weights.p_right_N()[i].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("p_right", [0.0, 1e-9, 1.0])
+def test_certain_responses_stay_finite(p_right):
+    row_weights = scouted_weights()
+    refiner = refiner_of(two_responses_ending_in_letters, row_weights, StubScout(h=p_right, i=p_right))
     refiner.refresh(0)
     assert row_weights.scores(torch.arange(1, 7)).isfinite().all()
-    assert row_weights.all_weights()[1:7].isfinite().all()
+    assert row_weights.all_weights().isfinite().all() and row_weights.visits_N().isfinite().all()
     for i in refiner.buffer.rows:
         assert refiner.buffer.weights(i).sum().item() == pytest.approx(1)
+
+
+def test_auto_picks_the_rows_that_are_rather_wrong_than_right():
+    """Always by their original responses, of those that can be refined: 2 and 4, and not 6, which is plain text."""
+    row_weights = scouted_weights()
+    row_weights.restore(torch.tensor([6]), torch.tensor([-5.0]))
+    refiner = refiner_of(two_responses_ending_in_letters, row_weights, StubScout(h=0.9, i=0.9), fraction=None)
+    for step in (0, 2):
+        refiner.refresh(step)
+        assert list(refiner.buffer.rows) == [2, 4]
+    assert (row_weights.p_right_N()[[2, 4]] > 0.85).all(), "though their new responses are likely right"
+
+
+def test_auto_picks_nothing_where_all_rows_are_rather_right():
+    row_weights = ScoutWeights(8)
+    row_weights.settle(torch.arange(8), torch.full((8,), 0.7))
+    refiner = refiner_of(two_responses, row_weights, StubScout(), fraction=None)
+    assert refiner.refresh(0) == [] and not refiner.buffer.rows and not refiner.is_due(0)
+
+
+def test_nothing_is_due_where_the_lowest_are_wanted_and_no_row_has_been_scored():
+    unscored = ScoutWeights(8)
+    refiner = refiner_of(two_responses, unscored, StubScout(h=0.9, i=0.9))
+    assert not any(refiner.is_due(step) for step in range(9))
+    unscored.settle(torch.arange(8), torch.full((8,), 0.7))
+    assert refiner.is_due(0)
+
+
+def test_random_rows_are_refined_without_a_scout_to_score_them():
+    row_weights = ScoutWeights(8)
+    refiner = refiner_of(two_responses, row_weights, scout=None, policy="random")
+    assert refiner.is_due(0)
+    refiner.refresh(0)
+    assert len(refiner.buffer.rows) == 2 and row_weights.visits_N() is None
+    assert row_weights.all_weights().tolist() == [1.0] * 8 and row_weights.p_right_N().isnan().all()
+
+
+def test_a_row_that_is_no_longer_refined_has_its_old_probability():
+    row_weights = scouted_weights()
+    refiner = refiner_of(two_responses_ending_in_letters, row_weights, StubScout(h=0.9, i=0.9))
+    refiner.refresh(0)
+    refiner.row_weights.restore(torch.tensor([1, 5]), row_weights.scores_of(torch.tensor([0.01, 0.02])))
+    refiner.refresh(2)
+    assert list(refiner.buffer.rows) == [1, 5]
+    torch.testing.assert_close(row_weights.p_right_N()[[2, 4]], torch.tensor([0.2, 0.1]))
 
 
 # --- between refreshes ------------------------------------------------------------------------------------------------
@@ -479,7 +526,7 @@ def test_a_batch_without_refined_rows_is_as_it_was():
 
 
 def test_rows_with_their_original_responses_count_as_they_are():
-    refiner = refiner_of(two_responses, scout=StubScout(h=0.0, i=0.0))
+    refiner = refiner_of(two_responses, scout=StubScout())
     refiner.refresh(0)
     response, rows = refiner.buffer.rows[4].responses[1], batch_rows([5, 4, 2], [-1, 1, -1])
     log_probs = [-1.0, response.generator_log_prob + 1.0, -2.0]

@@ -65,6 +65,32 @@ def test_weights_of_one_row_do_not_depend_on_another():
 # --- drawing one of them ----------------------------------------------------------------------------------------------
 
 
+def scored(old: float, p_right: float) -> Response:
+    return Response([4], sampling_log_prob=0.0, generator_log_prob=old, p_right=p_right)
+
+
+def test_a_response_counts_by_its_ratio_times_how_likely_it_is_right():
+    buffer = buffer_of([scored(-1.0, 0.9), scored(-2.0, 0.3)])
+    ratio = softmax([-1.0, -2.0])
+    expected = ratio * torch.tensor([0.9, 0.3])
+    torch.testing.assert_close(buffer.weights(7), expected / expected.sum())
+    assert buffer.p_right(7) == pytest.approx(expected.sum().item()), "of the row before the scout chooses for it"
+    uniform = buffer_of([scored(-1.0, 0.9), scored(-2.0, 0.3)], response_weighting="uniform")
+    assert uniform.weights(7).tolist() == pytest.approx([0.75, 0.25]) and uniform.p_right(7) == pytest.approx(0.6)
+
+
+def test_without_a_scout_all_responses_are_taken_to_be_right():
+    buffer = buffer_of([response(1, -1.0), response(1, -2.0)])
+    torch.testing.assert_close(buffer.weights(7), softmax([-1.0, -2.0]))
+    assert buffer.p_right(7) == pytest.approx(1.0)
+
+
+def test_responses_that_are_surely_wrong_share_the_row_as_their_ratios_say():
+    buffer = buffer_of([scored(-1.0, 0.0), scored(-2.0, 0.0)])
+    torch.testing.assert_close(buffer.weights(7), softmax([-1.0, -2.0]))
+    assert buffer.p_right(7) < 1e-9
+
+
 def within_chance(counts: Counter, weights: torch.Tensor, num_draws: int) -> bool:
     """Every frequency within 4.5 standard deviations."""
     deviation = (weights * (1 - weights) / num_draws).sqrt()
@@ -138,7 +164,7 @@ def fields(buffer: ResponseBuffer) -> dict:
         [],
         [
             [response(3, -1 / 3, sampling=-0.7), Response([9], -0.2, -0.1)],
-            [Response([5, 6], -1e-17, 0.1, 0.3)],
+            [Response([5, 6], -1e-17, 0.1, 0.3, 1 / 7)],
         ],
     ],
 )

@@ -1,18 +1,15 @@
-"""Refining in whole runs: what a step trains on, how much each row counts, resuming, failures, what is written down."""
+"""Refining in whole runs: what a step trains on, how much each row counts, what is written down."""
 
 import copy
 import dataclasses
 import logging
 import math
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
     GradientRecorder,
-    Kill,
-    Killed,
     assert_close,
     lora,
     pairs,
@@ -23,83 +20,17 @@ from conftest import (
     tiny_model,
     tiny_tokenizer,
     token_ids,
+    two_kinds,
     weighted_step,
 )
-from scripted import ScriptedGenerator
+from scripted import letters
 
-from tamis.recorder import last_complete_checkpoint
-from tamis.refining.generation import GenerationError, SamplingSettings, TransformersGenerator
 from tamis.stream import as_row
 
-TOKENIZER = tiny_tokenizer()
-EOS = TOKENIZER.eos_token_id
 TRAIN, TRUSTED = pairs(7) + pairs(5, 50, wrong=True), pairs(4, 95)
+RIGHT, WRONG, LIKE_RIGHT = two_kinds("xy")
+KINDS = [*RIGHT[:6], *WRONG[:6]]  # a scout tells them apart
 REFINING = {"refine_fraction": 0.5, "refine_start": 0, "refine_every": 2, "num_generations": 3, "max_new_tokens": 5}
-
-
-class Script:
-    """Stands in for the generator of a trainer: completions by text, calls counted, failures where it is told to."""
-
-    def __init__(self, completion, fails_at=0, error=None):
-        self.completion, self.fails_at, self.error, self.num_calls = completion, fails_at, error, 0
-
-    def make(self, model, accelerator, processing_class, args, batch_size):
-        self.settings = SamplingSettings(args.generation_temperature, args.generation_top_p, args.max_new_tokens)
-
-        def script(prompt, j):
-            return token_ids(self.completion(processing_class.decode(prompt).replace(" ", ""), j, self.num_calls))
-
-        self.scripted = ScriptedGenerator(model, script, self.settings, processing_class.eos_token_id)
-        return self
-
-    def generate(self, prompts, num_generations, seed):
-        self.num_calls += 1
-        if self.num_calls == self.fails_at and self.error:
-            raise self.error
-        completions = self.scripted.generate(prompts, num_generations, seed)
-        return completions[:-1] if self.num_calls == self.fails_at else completions
-
-
-def letters(prompt: str, j: int, call: int) -> str:
-    """Of unlike length for each completion; the same at every call."""
-    return "pqrst"[j] * (1 + (j + len(prompt)) % 3) + "."
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Give all trainers that are made from now on these completions."""
-
-    def use(completion=letters, **failure) -> Script:
-        generator = Script(completion, **failure)
-        monkeypatch.setattr("tamis.weighting.make_generator", generator.make)
-        return generator
-
-    return use
-
-
-@pytest.fixture(scope="session")
-def talkative_model(tmp_path_factory) -> str:
-    """The tiny model with a head that is not flat; letters close its completions, so that most of them end."""
-    path = tmp_path_factory.mktemp("talkative_model")
-    model = tiny_model(TOKENIZER)
-    model.lm_head.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    model.generation_config.eos_token_id = [EOS, *token_ids("abcdefghijklmn")]
-    model.save_pretrained(path)
-    TOKENIZER.save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture
-def generated(monkeypatch):
-    """How many prompts each call of the real generator completed."""
-    calls, generate = [], TransformersGenerator.generate
-
-    def counted(self, prompts, num_generations, seed):
-        calls.append(len(prompts))
-        return generate(self, prompts, num_generations, seed)
-
-    monkeypatch.setattr(TransformersGenerator, "generate", counted)
-    return calls
 
 
 def spy_on_steps(trainer) -> list[dict]:
@@ -205,7 +136,7 @@ def test_batch_times_accumulation_is_all_that_counts(bilevel, script):
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             num_train_epochs=2.0,
-            scout_ratio=0.0,
+            selector="mirror",
             selector_learning_rate=0.5,
             **{"optim": "sgd", "learning_rate": 0.1} | REFINING,
         )
@@ -243,7 +174,7 @@ def test_a_step_costs_what_it_costs_without_refining(bilevel, script):
     script()
     counts = []
     for settings in ({}, REFINING | {"num_generations": 5, "refine_fraction": 1.0}):
-        trainer = bilevel(TRAIN, TRUSTED, scout_ratio=0.0, max_steps=4, **settings)
+        trainer = bilevel(TRAIN, TRUSTED, selector="mirror", max_steps=4, **settings)
         counts.append(training_forwards(trainer))
         trainer.train()
     assert counts[0] == counts[1] == [8] * 4
@@ -257,7 +188,7 @@ def test_the_step_after_a_refresh_trains_on_the_new_responses(bilevel, script, n
     trainer = bilevel(
         TRAIN,
         TRUSTED,
-        scout_ratio=0.0,
+        selector="mirror",
         max_steps=6,
         dataloader_num_workers=num_workers,
         **{"dataloader_prefetch_factor": 2} if num_workers else {},
@@ -286,7 +217,8 @@ def test_the_step_after_a_refresh_trains_on_the_new_responses(bilevel, script, n
 
 def test_completions_follow_the_model(bilevel, talkative_model, generated):
     """The generator is the model in training: what it writes after some steps is not what it wrote before."""
-    trainer = bilevel(TRAIN, TRUSTED, model=talkative_model, max_steps=4, learning_rate=3e-2, **REFINING)
+    settings = REFINING | {"selector": "mirror", "max_steps": 4, "learning_rate": 3e-2}
+    trainer = bilevel(TRAIN, TRUSTED, model=talkative_model, **settings)
     reported, refresh = [], trainer.weighting._refresh
 
     def refresh_and_report(refiner, step):
@@ -306,13 +238,14 @@ def test_completions_follow_the_model(bilevel, talkative_model, generated):
     "settings",
     [
         {},
-        {"peft_config": True},
-        {"scout_ratio": 0.0, "reference": "zero"},
-        {"scout_ratio": 0.0, "reference": "base", "peft_config": True, "loss_reduction": "token"},
-        {"scout_ratio": 0.0, "reference": "tracked"},
-        {"reference": "zero"},
+        {"peft_config": True, "scout_epochs": 20, "scout_learning_rate": 3e-2},
+        {"refine_fraction": "auto"},
+        {"rho": 0.3, "refine_policy": "random"},
+        {"selector": "mirror", "reference": "zero"},
+        {"selector": "mirror", "reference": "base", "peft_config": True, "loss_reduction": "token"},
+        {"selector": "mirror", "reference": "tracked"},
         {"selector": "bmo"},
-        {"selector": "bmo", "scout_ratio": 0.5, "response_weighting": "uniform"},
+        {"selector": "bmo", "response_weighting": "uniform"},
         {"selector": "softmax", "ratio_level": "sequence"},
         {"selector": "sigmoid", "reference": "zero"},
         {"selector": "column"},
@@ -323,14 +256,14 @@ def test_completions_follow_the_model(bilevel, talkative_model, generated):
     ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()) or "default",
 )
 def test_every_selector_and_reference_can_refine(bilevel, talkative_model, generated, tmp_path, settings):
-    settings = REFINING | {"max_steps": 3, "refine_every": 2, "learning_rate": 1e-2} | settings
+    settings = REFINING | {"max_steps": 3, "refine_every": 2, "learning_rate": 1e-3} | settings
     peft_config = lora(lora_dropout=0.2) if settings.pop("peft_config", False) else None
-    train = [row | {"weight": float(i)} for i, row in enumerate(TRAIN)]
-    trainer = bilevel(train, TRUSTED, model=talkative_model, peft_config=peft_config, **settings)
+    train = [row | {"weight": float(i)} for i, row in enumerate(KINDS)]
+    trainer = bilevel(train, LIKE_RIGHT, model=talkative_model, peft_config=peft_config, **settings)
     before = parameters(trainer.model)
     trainer.train()
-    num_rows = round(settings["refine_fraction"] * 12)
-    assert generated == [num_rows] * 2
+    num_rows = 6 if settings["refine_fraction"] == "auto" else round(settings["refine_fraction"] * 12)
+    assert generated == ([num_rows] * 2 if num_rows else []), "nothing is asked of the generator for no rows"
     assert trainer.model.training
     assert all(p.isfinite().all() for p in parameters(trainer.model).values())
     moved = [n for n, p in parameters(trainer.model).items() if not torch.equal(p, before[n])]
@@ -354,7 +287,7 @@ def test_every_selector_and_reference_can_refine(bilevel, talkative_model, gener
 def test_a_generated_response_is_compared_with_the_base_model_on_that_response(bilevel, script):
     """Nothing is learned (learning rate 0): no response, original or new, has an excess over the base model."""
     script()
-    trainer = bilevel(TRAIN, TRUSTED, scout_ratio=0.0, max_steps=3, learning_rate=0.0, **REFINING)
+    trainer = bilevel(TRAIN, TRUSTED, selector="mirror", max_steps=3, learning_rate=0.0, **REFINING)
     updates, update = [], trainer.weighting.row_weights.update
 
     def spy(ids, losses, excess):
@@ -375,7 +308,7 @@ def test_reference_losses_of_original_responses_stay_theirs(bilevel, script, is_
         TRAIN,
         TRUSTED,
         peft_config=lora() if is_lora else None,
-        scout_ratio=0.0,
+        selector="mirror",
         max_steps=6,
         learning_rate=1e-2,
         **REFINING,
@@ -384,7 +317,7 @@ def test_reference_losses_of_original_responses_stay_theirs(bilevel, script, is_
         row["example_id"]: plain_loss(trainer.model, row["input_ids"], row["labels"]).item()
         for row in trainer.train_dataset
     }
-    base = tiny_model(TOKENIZER)
+    base = tiny_model(tiny_tokenizer())
     trainer.train()
     measured = trainer.weighting.reference.loss_N
     assert 0 < measured.isnan().sum() < 12, "those that were refined from the start have not been measured"
@@ -397,20 +330,86 @@ def test_reference_losses_of_original_responses_stay_theirs(bilevel, script, is_
 
 
 def test_scores_of_original_responses_stay_those_that_the_scout_gave(bilevel, script, tmp_path):
-    script()
-    trainer = bilevel(TRAIN, TRUSTED, max_steps=4, learning_rate=1e-2, **REFINING)
-    row_weights = trainer.weighting.row_weights
-    scores, score_rows = [], row_weights.score_rows
-
-    def spy(*losses):
-        score_rows(*losses)
-        scores.append(row_weights.all_scores())
-
-    row_weights.score_rows = spy
+    script(lambda prompt, j, call: "x" * (1 + j) + ".")
+    trainer = bilevel(KINDS, LIKE_RIGHT, max_steps=4, learning_rate=1e-2, **REFINING)
+    row_weights, scores = trainer.weighting.row_weights, []
+    settle = row_weights.settle
+    row_weights.settle = lambda *found: settle(*found) or scores.append(row_weights.all_scores())
     trainer.train()
     table = pq.read_table(tmp_path / "run" / "weights.parquet").to_pydict()
-    assert len(scores) == 1 and table["score"] == scores[0].tolist() and sum(table["refined"]) == 6
+    assert len(scores) == 1 and table["score"] == scores[0].tolist()
+    assert table["refined"] == [False] * 6 + [True] * 6, "the wrong rows"
+    assert table["p_right"] == pytest.approx(torch.sigmoid(scores[0]).tolist(), abs=1e-6)
+    assert table["kept"] == [True] * 6 + [False] * 6 and max(table["weight"][6:]) < 0.01
     assert not torch.equal(row_weights.all_scores(), scores[0]), "the new responses have scores of their own"
+
+
+# --- scouted responses ------------------------------------------------------------------------------------------------
+
+
+def answers_of_both_kinds(prompt: str, j: int, call: int) -> str:
+    """The scout finds the first completion right and the others wrong; from the second call on all are right."""
+    return ("x" if j == 0 or call > 1 else "y") * 2 + "."
+
+
+def test_responses_are_visited_as_often_as_they_are_right(bilevel, script, tmp_path):
+    """By the scout, which is called back whatever has become of the model since."""
+    script(answers_of_both_kinds)
+    trainer = bilevel(KINDS, LIKE_RIGHT, max_steps=4, learning_rate=1e-2, **REFINING)
+    row_weights, before_step, visits, useful = trainer.weighting.row_weights, trainer.weighting.before_step, [], []
+
+    def spy(step, batches):
+        batches = before_step(step, batches)
+        visits.append(row_weights.visits_N().clone())
+        useful.append(row_weights.num_useful())
+        return batches
+
+    trainer.weighting.before_step = spy
+    seen = spy_on_steps(trainer)
+    trainer.train()
+    for step, batch in enumerate(seen):
+        for i, refined in batch["refined"].items():
+            right = [r.p_right for r in refined.responses if r.token_ids == token_ids("xx.")]
+            wrong = [r.p_right for r in refined.responses if r.token_ids == token_ids("yy.")]
+            assert min(right) > 0.9 and max(wrong, default=0) < 0.1 and len(right) == (1 if step < 2 else 3)
+            assert i >= 6 and len(batch["refined"]) == 6
+    assert torch.equal(visits[0], visits[1]) and torch.equal(visits[2], visits[3])
+    assert (visits[0][6:] < 0.7).all() and (visits[2][6:] > 0.9).all(), "one of three, then all of them"
+    lines = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "validation_loss" in line]
+    assert [line["rho"] for line in lines] == pytest.approx([12 / (12 + n) for n in useful], abs=1e-6)
+    assert useful[2] > 10 > useful[0]
+
+
+def test_the_visits_of_a_refresh_count_from_the_next_step_on(bilevel, script):
+    """The rows of the step itself have been drawn already."""
+    script(lambda prompt, j, call: "xx.")
+    trainer = bilevel(KINDS, LIKE_RIGHT, max_steps=3, **REFINING | {"refine_start": 1, "refine_every": 9})
+    seen = spy_on_steps(trainer)
+    trainer.train()
+    ids = [batch["rows"].training_ids for batch in seen]
+    assert max(ids[0] + ids[1]) < 6, "wrong rows have no visits"
+    assert max(ids[2]) >= 6 and seen[2]["refined"].keys() == set(range(6, 12))
+
+
+def test_auto_refines_the_rows_that_are_rather_wrong(bilevel, script, tmp_path):
+    script()
+    rows = [*RIGHT[:8], *WRONG[:4]]
+    trainer = bilevel(rows, LIKE_RIGHT, max_steps=3, **REFINING | {"refine_fraction": "auto"})
+    trainer.train()
+    kept = pq.read_table(tmp_path / "run" / "weights.parquet")["kept"].to_pylist()
+    assert not any(kept[8:]) and sum(kept[:8]) >= 6
+    assert list(trainer.weighting.refiner.buffer.rows) == [i for i in range(12) if not kept[i]]
+
+
+def test_a_scout_that_is_not_believed_refines_nothing(bilevel, script, caplog):
+    """All weights are one: there is no lowest, and the first rows of the file are no worse than the others."""
+    generator = script()
+    with caplog.at_level(logging.WARNING):
+        trainer = bilevel([*RIGHT, *LIKE_RIGHT[:6]], LIKE_RIGHT[6:], max_steps=8, **REFINING)
+        trainer.train()
+    assert not trainer.weighting.scout.finding.calibration.is_believed and "no row is refined" in caplog.text
+    assert generator.num_calls == 0 and not trainer.weighting.refiner.buffer.rows
+    assert trainer.weighting.row_weights.all_weights().tolist() == [1.0] * 18
 
 
 def test_trusted_rows_are_the_same_where_some_were_left_out(bilevel, script):
@@ -419,7 +418,7 @@ def test_trusted_rows_are_the_same_where_some_were_left_out(bilevel, script):
     too_long = {"prompt": "x" * 60, "completion": "a"}
     expected = sorted(token_ids(row["prompt"] + row["completion"] + ".") for row in TRUSTED)
     for trusted in (TRUSTED, [too_long, *TRUSTED, too_long]):
-        trainer = bilevel(TRAIN, trusted, max_steps=2, max_length=40, per_device_validation_batch_size=4, **REFINING)
+        trainer = bilevel(TRAIN, trusted, selector="mirror", max_steps=2, max_length=40, **REFINING)
         seen = spy_on_steps(trainer)
         trainer.train()
         assert len(seen) == 2
@@ -433,7 +432,7 @@ def test_trusted_rows_are_the_same_where_some_were_left_out(bilevel, script):
 def test_weights_are_those_of_original_responses(bilevel, script, tmp_path):
     script()
     settings = REFINING | {"refine_start": 3, "refine_policy": "random", "max_steps": 6, "learning_rate": 1e-2}
-    trainer = bilevel(TRAIN, TRUSTED, scout_ratio=0.0, **settings)
+    trainer = bilevel(TRAIN, TRUSTED, selector="mirror", **settings)
     trainer.train()
     table = pq.read_table(tmp_path / "run" / "weights.parquet").to_pydict()
     weighting = trainer.weighting
@@ -465,9 +464,9 @@ def test_refinements_hold_prompts_responses_and_what_they_count(bilevel, script,
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
             row["completion"] = [{"role": "assistant", "content": row["completion"]}]
     settings = REFINING | {"num_generations": 5, "max_steps": 4, "max_length": {"text": 20, "chat": 36}[form]}
-    bilevel(rows, TRUSTED if form == "text" else chat(TRUSTED), **settings).train()
+    bilevel(rows, TRUSTED if form == "text" else chat(TRUSTED), selector="mirror", **settings).train()
     table = pq.read_table(tmp_path / "run" / "refinements.parquet")
-    assert table.schema.metadata[b"tamis_format_version"] == b"2"
+    assert table.schema.metadata[b"tamis_format_version"] == b"3"
     records = table.to_pylist()
     assert [record["step"] for record in records] == [0] * 6 + [2] * 6
     final = pq.read_table(tmp_path / "run" / "weights.parquet").to_pylist()
@@ -502,7 +501,7 @@ def chat(rows: list[dict]) -> list[dict]:
 def test_rows_are_named_as_in_the_weights(bilevel, script, tmp_path):
     """Rows given from Python have no file; the two tables must name them alike all the same."""
     script()
-    bilevel(TRAIN, TRUSTED, max_steps=1, **REFINING).train()
+    bilevel(TRAIN, TRUSTED, selector="mirror", max_steps=1, **REFINING).train()
     names = {row["example_id"]: row for row in pq.read_table(tmp_path / "run" / "weights.parquet").to_pylist()}
     for record in refinements(tmp_path / "run"):
         assert (record["source"], record["row"]) == tuple(names[record["example_id"]][n] for n in ("source", "row"))
@@ -511,239 +510,6 @@ def test_rows_are_named_as_in_the_weights(bilevel, script, tmp_path):
 def test_a_new_run_in_an_old_folder_begins_a_new_file(bilevel, script, tmp_path):
     script()
     for start in (0, 1):
-        settings = REFINING | {"refine_start": start, "scout_ratio": 0.0, "max_steps": 2}
+        settings = REFINING | {"refine_start": start, "selector": "mirror", "max_steps": 2}
         bilevel(TRAIN, TRUSTED, **settings).train()
         assert {record["step"] for record in refinements(tmp_path / "run")} == {start}
-
-
-# --- resuming ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(bilevel, talkative_model, tmp_path):
-    """Make a trainer with its own folder; killed in a step, it leaves the checkpoint of the step before."""
-
-    def make(name, *, kill=None, **settings):
-        settings = REFINING | {"max_steps": 6, "learning_rate": 1e-2, "output_dir": str(tmp_path / name)} | settings
-        if settings.pop("peft_config", None):
-            settings["peft_config"] = lora(lora_dropout=0.3)
-        if kill:
-            settings = {"save_strategy": "steps", "save_steps": kill - 1, "callbacks": [Kill(kill)]} | settings
-        return bilevel(TRAIN, TRUSTED, model=talkative_model, **settings)
-
-    return make
-
-
-def timeless(folder) -> list[dict]:
-    """Metrics without what the clock says."""
-    lines = [line for line in read_jsonl(folder / "metrics.jsonl") if "train_runtime" not in line]
-    return [{k: v for k, v in line.items() if "seconds" not in k and "per_second" not in k} for line in lines]
-
-
-def assert_same_state(actual, expected) -> None:
-    first, second = actual.weighting.state_dict(), expected.weighting.state_dict()
-    assert first.keys() == second.keys()
-    assert {name.split(".")[0] for name in first} >= {"row_weights", "refiner"}
-    for name, tensor in first.items():
-        assert torch.equal(tensor.nan_to_num(-1), second[name].nan_to_num(-1)), name
-
-
-# Three steps make an epoch and two lie between refreshes: one is due at step 2, none at step 3.
-RUNS = {
-    "scouted": {},
-    "scores follow the steps": {"scout_ratio": 0.0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    "tracked, lora dropout": {"reference": "tracked", "peft_config": True},
-    "scouted, lora dropout": {"peft_config": True},
-}
-
-
-STEPS = {"scouted": (3,), "scores follow the steps": (3,), "tracked, lora dropout": (2,)}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_is_the_uninterrupted_one(run, generated, tmp_path, name):
-    whole = run("whole", **RUNS[name])
-    whole.train()
-    assert generated == [6, 6, 6]
-    for step in STEPS.get(name, (2, 3)):
-        folder = f"cut-{step}"
-        with pytest.raises(Killed):
-            run(folder, kill=step + 1, **RUNS[name]).train()
-        generated.clear()
-        resumed = run(folder, **RUNS[name])
-        resumed.train(resume_from_checkpoint=True)
-        assert resumed.state.global_step == 6
-        assert generated == [6] * {2: 2, 3: 1}[step], "nothing is generated again within an interval"
-        assert_close(parameters(resumed.model), parameters(whole.model), atol=0)
-        assert_same_state(resumed, whole)
-        for table in ("weights.parquet", "refinements.parquet"):
-            assert pq.read_table(tmp_path / folder / table).equals(pq.read_table(tmp_path / "whole" / table)), table
-        assert timeless(tmp_path / folder) == timeless(tmp_path / "whole")
-
-
-def test_a_refresh_at_the_end_of_an_epoch(run, generated):
-    settings = {"refine_every": 3, "peft_config": True, "scout_ratio": 0.0}
-    whole = run("whole", **settings)
-    whole.train()
-    with pytest.raises(Killed):
-        run("cut", kill=4, **settings).train()
-    generated.clear()
-    resumed = run("cut", **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert generated == [6]
-    assert_close(parameters(resumed.model), parameters(whole.model), atol=0)
-    assert_same_state(resumed, whole)
-
-
-def test_refinements_of_steps_that_run_again_are_replaced(run, tmp_path):
-    """Killed after the refreshes before steps 3 and 5; taken up from a checkpoint before either."""
-    with pytest.raises(Killed):
-        run("cut", kill=5, save_steps=1, scout_ratio=0.0).train()
-    path = tmp_path / "cut" / "refinements.parquet"
-    table = pq.read_table(path)
-    assert table["step"].to_pylist() == [0] * 6 + [2] * 6 + [4] * 6
-    marked = pa.array([-1.0] * 18)
-    pq.write_table(table.set_column(table.schema.get_field_index("original_weight"), "original_weight", marked), path)
-    run("cut", scout_ratio=0.0).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-1"))
-    again = pq.read_table(path)
-    assert again["step"].to_pylist() == table["step"].to_pylist()
-    assert [weight == -1 for weight in again["original_weight"].to_pylist()] == [True] * 6 + [False] * 12
-
-
-@pytest.mark.parametrize("is_on_first", [True, False])
-def test_refining_cannot_be_switched_on_resuming(run, is_on_first):
-    """The scores of refined rows are those of their new responses: without these they would be wrong weights."""
-    on, off = {"scout_ratio": 0.0}, {"scout_ratio": 0.0, "refine_fraction": 0.0}
-    first, second = (on, off) if is_on_first else (off, on)
-    with pytest.raises(Killed):
-        run("cut", kill=3, **first).train()
-    with pytest.raises(ValueError, match=r"refine_fraction: 0\.. -> 0\.."):
-        run("cut", **second).train(resume_from_checkpoint=True)
-
-
-def test_resuming_needs_the_scout(run, tmp_path):
-    with pytest.raises(Killed):
-        run("cut", kill=3).train()
-    scout = tmp_path / "cut" / "scout.safetensors"
-    assert scout.is_file()
-    scout.unlink()
-    with pytest.raises(ValueError, match=r"scout.safetensors is missing: .* start the run anew"):
-        run("cut").train(resume_from_checkpoint=True)
-
-
-def test_the_scout_goes_along_to_another_folder(run, tmp_path):
-    with pytest.raises(Killed):
-        run("first", kill=3).train()
-    scout = (tmp_path / "first" / "scout.safetensors").read_bytes()
-    with pytest.raises(Killed):
-        run("second", kill=5).train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
-    assert (tmp_path / "second" / "scout.safetensors").read_bytes() == scout
-    resumed = run("second")
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 6
-
-
-def test_a_scout_of_another_model_is_refused(run, tmp_path):
-    full, adapter = run("full").weighting.scout, run("lora", peft_config=True).weighting.scout
-    full.parameters = full.base_parameters
-    full.save(tmp_path / "scout.safetensors")
-    full.load(tmp_path / "scout.safetensors")
-    assert_close(full.parameters, full.base_parameters, atol=0)
-    with pytest.raises(ValueError, match=r"scout.safetensors belongs to another model"):
-        adapter.load(tmp_path / "scout.safetensors")
-
-
-def test_without_scouting_there_is_no_scout_to_keep(run, tmp_path):
-    run("whole", scout_ratio=0.0, max_steps=1).train()
-    assert not (tmp_path / "whole" / "scout.safetensors").exists()
-
-
-# --- a generator that fails -------------------------------------------------------------------------------------------
-
-FAILURES = {
-    "its own error": GenerationError("the generator has no memory left"),
-    "connection lost": ConnectionError("the server is gone"),
-    "too few completions": None,
-}
-
-
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_stops_with_a_checkpoint_and_a_remedy(bilevel, script, tmp_path, name):
-    script(fails_at=2, error=FAILURES[name])
-    trainer = bilevel(TRAIN, TRUSTED, max_steps=4, scout_ratio=0.0, **REFINING)
-    remedies = (
-        r"; --refine_on_error continue goes on without new responses\. "
-        r"Stopped after saving checkpoint-2: go on with --resume_from_checkpoint last$"
-    )
-    with pytest.raises(GenerationError, match=remedies):
-        trainer.train()
-    assert trainer.state.global_step == 2
-    assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
-
-
-@pytest.mark.parametrize(("fails_at", "step", "scout_ratio"), [(1, 0, 0.5), (2, 2, 0.0)])
-def test_a_run_that_stopped_goes_on_as_if_nothing_had_happened(bilevel, script, tmp_path, fails_at, step, scout_ratio):
-    script()
-    settings = REFINING | {"max_steps": 4, "scout_ratio": scout_ratio}
-    whole = bilevel(TRAIN, TRUSTED, output_dir=str(tmp_path / "whole"), **settings)
-    whole.train()
-    script(fails_at=fails_at)
-    stopped = bilevel(TRAIN, TRUSTED, **settings)
-    with pytest.raises(GenerationError, match=f"checkpoint-{step}: go on with"):
-        stopped.train()
-    generator = script()
-    resumed = bilevel(TRAIN, TRUSTED, **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 4 and generator.num_calls == 3 - fails_at
-    assert_close(parameters(resumed.model), parameters(whole.model), atol=0)
-    assert_same_state(resumed, whole)
-
-
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_is_said_and_training_goes_on(bilevel, script, caplog, tmp_path, name):
-    """With the responses there are, until the next refresh."""
-    generator = script(
-        lambda prompt, j, call: "_uvw"[call] + letters(prompt, j, call), fails_at=2, error=FAILURES[name]
-    )
-    trainer = bilevel(TRAIN, TRUSTED, max_steps=6, refine_on_error="continue", scout_ratio=0.0, **REFINING)
-    seen = spy_on_steps(trainer)
-    with caplog.at_level(logging.WARNING, logger="tamis"):
-        trainer.train()
-    warnings = [record.message for record in caplog.records if "no new responses" in record.message]
-    assert len(warnings) == 1 and warnings[0].startswith("step 2: ")
-    assert generator.num_calls == 3 and trainer.state.global_step == 6
-    for batch in seen:
-        assert len(batch["refined"]) == 6
-        for refined in batch["refined"].values():
-            assert refined.step == {0: 0, 1: 0, 2: 0, 3: 0, 4: 4, 5: 4}[batch["step"]]
-    assert {record["step"] for record in refinements(tmp_path / "run")} == {0, 4}
-
-
-def test_a_failure_at_the_first_refresh_leaves_the_original_responses(bilevel, script):
-    script(fails_at=1)
-    trainer = bilevel(TRAIN, TRUSTED, max_steps=2, refine_on_error="continue", scout_ratio=0.0, **REFINING)
-    trainer.train()
-    script()
-    plain = bilevel(TRAIN, TRUSTED, max_steps=2, scout_ratio=0.0)
-    plain.train()
-    assert trainer.weighting.refiner.buffer.rows == {}
-    assert_close(parameters(trainer.model), parameters(plain.model), atol=0)
-
-
-def test_a_dataset_without_prompts_is_refused_when_the_trainer_is_made(bilevel, script):
-    script()
-    texts = [[{"text": row["prompt"] + row["completion"]} for row in rows] for rows in (TRAIN, TRUSTED)]
-    with pytest.raises(ValueError, match="no training row is a prompt with one response"):
-        bilevel(*texts, **REFINING)
-
-
-def test_a_scout_that_is_not_believed_refines_nothing(bilevel, script, caplog):
-    """All weights are one: there is no lowest, and the first rows of the file are no worse than the others."""
-    generator = script()
-    rows = [{"prompt": f"{i}=", "completion": "a" * (1 + i % 3)} for i in range(20, 60)]
-    with caplog.at_level(logging.WARNING):
-        trainer = bilevel(rows[::2], rows[1::2], max_steps=8, scout_ratio=1.0, scout_learning_rate=1e-2, **REFINING)
-        trainer.train()
-    assert not trainer.weighting.scout.is_believed and "no row is refined" in caplog.text
-    assert generator.num_calls == 0 and not trainer.weighting.refiner.buffer.rows
-    assert trainer.weighting.row_weights.all_weights().tolist() == [1.0] * 20

@@ -32,7 +32,7 @@ def test_base_is_the_model_before_training(bilevel, is_lora):
         peft_config=lora(lora_dropout=0.5) if is_lora else None,
         max_steps=6,
         learning_rate=1e-2,
-        scout_ratio=0.0,
+        selector="mirror",
     )
     before = tiny_model(tiny_tokenizer())
     expected = torch.stack([plain_loss(before, row["input_ids"], row["labels"]) for row in trainer.train_dataset])
@@ -49,7 +49,7 @@ def test_base_is_the_model_before_training(bilevel, is_lora):
 @pytest.mark.parametrize("is_lora", [False, True])
 def test_base_measures_each_row_once(bilevel, monkeypatch, is_lora):
     trainer = bilevel(
-        pairs(10), pairs(4, 95), peft_config=lora() if is_lora else None, num_train_epochs=3, scout_ratio=0.0
+        pairs(10), pairs(4, 95), peft_config=lora() if is_lora else None, num_train_epochs=3, selector="mirror"
     )
     num_measured, fused_losses = [], references.fused_losses
 
@@ -68,7 +68,7 @@ def test_base_measures_each_row_once(bilevel, monkeypatch, is_lora):
 @pytest.mark.parametrize("reference", ["base", "tracked"])
 def test_at_the_first_step_nothing_has_an_excess(bilevel, tmp_path, reference, settings):
     """The reference computes in the precision of the model, or the difference of the two would be all rounding."""
-    bilevel(pairs(4), pairs(4, 95), reference=reference, max_steps=1, scout_ratio=0.0, **settings).train()
+    bilevel(pairs(4), pairs(4, 95), reference=reference, max_steps=1, selector="mirror", **settings).train()
     first = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["training_loss"] > 1 and abs(first["penalty_gap"]) < 1e-6
 
@@ -88,7 +88,7 @@ def follow(trainer, weights_B: torch.Tensor, num_steps: int) -> tuple[list[float
 @pytest.mark.parametrize("is_lora", [False, True])
 def test_tracked_approaches_the_minimum_of_the_weighted_loss(bilevel, is_lora):
     peft_config = lora(target_modules="all-linear", r=8) if is_lora else None
-    trainer = bilevel(FORKED, pairs(2, 95), reference="tracked", peft_config=peft_config)
+    trainer = bilevel(FORKED, pairs(2, 95), selector="mirror", reference="tracked", peft_config=peft_config)
     # The random head is so flat that no adapter below it could be certain of anything.
     for model in (trainer.model, trainer.weighting.reference._model):
         model.get_output_embeddings().weight.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -112,7 +112,8 @@ def test_tracked_approaches_the_minimum_of_the_weighted_loss(bilevel, is_lora):
 @pytest.mark.parametrize("is_lora", [False, True])
 def test_tracked_continues_from_its_state_bit_for_bit(bilevel, is_lora):
     first, second = (
-        bilevel(FORKED, pairs(2, 95), reference="tracked", peft_config=lora() if is_lora else None) for _ in range(2)
+        bilevel(FORKED, pairs(2, 95), selector="mirror", reference="tracked", peft_config=lora() if is_lora else None)
+        for _ in range(2)
     )
     weights_B = torch.tensor([1.5, 0.5])
     follow(first, weights_B, num_steps=3)
@@ -126,7 +127,12 @@ def test_tracked_takes_its_own_learning_rate(bilevel):
     moved = []
     for learning_rate in (None, 1e-6):
         trainer = bilevel(
-            pairs(4), pairs(4, 95), reference="tracked", reference_learning_rate=learning_rate, max_steps=1
+            pairs(4),
+            pairs(4, 95),
+            selector="mirror",
+            reference="tracked",
+            reference_learning_rate=learning_rate,
+            max_steps=1,
         )
         before = [p.detach().clone() for p in trainer.weighting.reference.parameters]
         trainer.train()
@@ -137,12 +143,18 @@ def test_tracked_takes_its_own_learning_rate(bilevel):
 
 def test_tracked_refuses_modules_that_two_adapters_would_share(bilevel):
     with pytest.raises(ValueError, match=r"modules_to_save .* choose --reference base"):
-        bilevel(pairs(4), pairs(4, 95), reference="tracked", peft_config=lora(modules_to_save=["embed_tokens"]))
+        bilevel(
+            pairs(4),
+            pairs(4, 95),
+            selector="mirror",
+            reference="tracked",
+            peft_config=lora(modules_to_save=["embed_tokens"]),
+        )
 
 
 def test_every_rank_joins_in_reducing_every_gradient(bilevel):
     """The last batch of an epoch may leave a rank without training rows: the others would wait for it for ever."""
-    trainer = bilevel(pairs(4), pairs(4, 95), reference="tracked")
+    trainer = bilevel(pairs(4), pairs(4, 95), selector="mirror", reference="tracked")
     reduced = []
     trainer.weighting.reference._reduce_gradient = lambda gradient: reduced.append(gradient.shape)
     trainer.weighting.reference.step(1e-3)

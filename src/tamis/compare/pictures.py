@@ -13,13 +13,16 @@ from tamis.files import write_atomically
 
 
 def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) -> None:
-    """``comparison.png``: learning curves; weights of right and wrong rows; right responses among generated ones."""
+    """``comparison.png``: learning curves; weights of right and wrong rows; with refining the generated ones."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (curves, *histograms, shares) = plt.subplots(1, 4, figsize=(19, 4.2), layout="constrained")
+    is_refined = any(row["method"] == REFINING for row in rows)
+    num_panels = 3 + is_refined
+    figure, panels = plt.subplots(1, num_panels, figsize=(4.75 * num_panels, 4.2), layout="constrained")
+    curves, *histograms = panels[:3]
     for row in best_variants(rows):
         with open(run_dir(output_dir, row["method"]) / "metrics.jsonl", encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
@@ -35,11 +38,15 @@ def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) ->
             axes.hist(weights[mask], bins, alpha=0.6, label=label, color=colour)
         axes.set(xlabel="weight", ylabel="rows", title=f"Weights learned by {name}")
         axes.legend()
-    refreshes = right_responses(output_dir, REFINING, task)
-    steps = [refresh["step"] for refresh in refreshes]
-    shares.plot(steps, [refresh["share"] for refresh in refreshes], "o-", label="all alike")
-    shares.plot(steps, [refresh["weighted_share"] for refresh in refreshes], "s-", label="as they are trained on")
-    shares.set(xlabel="training step", ylim=(0, 1.02), title="Right responses among the generated")
-    shares.legend()
+    if is_refined:
+        _draw_refreshes(panels[3], right_responses(output_dir, REFINING, task))
     write_atomically(output_dir / "comparison.png", lambda path: figure.savefig(path, format="png", dpi=110))
     plt.close(figure)
+
+
+def _draw_refreshes(axes: Any, refreshes: list[dict[str, float]]) -> None:
+    steps = [refresh["step"] for refresh in refreshes]
+    axes.plot(steps, [refresh["share"] for refresh in refreshes], "o-", label="all alike")
+    axes.plot(steps, [refresh["weighted_share"] for refresh in refreshes], "s-", label="as they are trained on")
+    axes.set(xlabel="training step", ylim=(0, 1.02), title="Right responses among the generated")
+    axes.legend()

@@ -27,6 +27,7 @@ class SealTrainer(BilevelTrainer):
 
     def current_rho(self) -> float:
         """See `BilevelTrainer`: constant within an epoch, which is a pass over the training rows."""
+        assert self.args.rho is not None, "set by `ONE_STAGE`"
         return max(self.args.rho - _LESS_EACH_EPOCH * int(self.state.epoch or 0), 0.0)
 
 

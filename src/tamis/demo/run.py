@@ -14,6 +14,8 @@ from typing import Any
 from tamis.compare.methods import compare_methods
 from tamis.compare.pictures import draw_comparison
 from tamis.compare.table import format_table
+from tamis.compare.task import Task
+from tamis.demo.language import make_language_world
 from tamis.demo.world import SCENARIOS, make_world
 from tamis.files import write_atomically
 
@@ -31,8 +33,9 @@ SETTINGS: dict[str, Any] = {
     "activation_checkpointing": False,
     "use_cpu": True,
 }
-# Half of the rows are wrong; a response has five letters.
-REFINING_SETTINGS: dict[str, Any] = {"refine_fraction": 0.5, "max_new_tokens": 8, "generation_batch_size": 250}
+LANGUAGE = "language"
+REFINING_SETTINGS: dict[str, Any] = {"refine_fraction": "auto", "max_new_tokens": 8, "generation_batch_size": 250}
+LANGUAGE_SETTINGS: dict[str, Any] = SETTINGS | {"learning_rate": 8e-4}
 
 
 @dataclass
@@ -43,30 +46,40 @@ class DemoArguments:
         output_dir: where everything goes.
         seed: of the world and of all runs.
         max_steps: training steps of every method.
-        scenario: see `tamis.demo.world.make_world`.
+        scenario: ``language``, see `tamis.demo.language`; or one of `tamis.demo.world.make_world`.
     """
 
     output_dir: str = field(default="demo", metadata={"help": "Folder for world, runs, table and picture."})
     seed: int = field(default=0, metadata={"help": "Seed of the world and of all runs."})
     max_steps: int = field(default=600, metadata={"help": "Training steps of every method."})
-    scenario: str = field(default="half_wrong", metadata={"help": f"The world: {', '.join(SCENARIOS)}."})
+    scenario: str = field(default=LANGUAGE, metadata={"help": "The world.", "choices": (LANGUAGE, *SCENARIOS)})
 
 
 def run_demo(arguments: DemoArguments) -> list[dict[str, Any]]:
     """Make the world, run all methods, write table and picture, print the table; returns its rows."""
     output_dir = Path(arguments.output_dir)
-    task = make_world(output_dir / "world", seed=arguments.seed, scenario=arguments.scenario)
-    common = SETTINGS | {
+    task, settings, refining = _make_task(arguments, output_dir / "world")
+    common = settings | {
         "max_steps": arguments.max_steps,
         "seed": arguments.seed,
         "eval_strategy": "steps",
         "eval_steps": max(arguments.max_steps // 6, 1),
         "logging_steps": max(arguments.max_steps // 12, 1),
     }
-    rows = compare_methods(task, output_dir, common, MIXING_RHOS, REFINING_SETTINGS)
+    rows = compare_methods(task, output_dir, common, MIXING_RHOS, refining)
     text = json.dumps(rows, indent=1)
     write_atomically(output_dir / "comparison.json", lambda path: path.write_text(text))
     draw_comparison(rows, task, output_dir)
     print(format_table(rows))
     print(f"\n{output_dir}/comparison.json  {output_dir}/comparison.png  {output_dir}/runs/tamis/weights.parquet")
     return rows
+
+
+def _make_task(arguments: DemoArguments, folder: Path) -> tuple[Task, dict[str, Any], dict[str, Any] | None]:
+    """The world, what all runs on it share, and the settings of refining.
+
+    No refining of the language: the base model knows none of its words, and so cannot write right responses.
+    """
+    if arguments.scenario == LANGUAGE:
+        return make_language_world(folder, seed=arguments.seed), LANGUAGE_SETTINGS, None
+    return make_world(folder, seed=arguments.seed, scenario=arguments.scenario), SETTINGS, REFINING_SETTINGS

@@ -1,4 +1,4 @@
-"""The demo's world, made on the spot: a tiny base model, doubtful rows, trusted rows, held-out rows, and the truth.
+"""The world of strings, made on the spot: a tiny base model, doubtful rows, trusted rows, held-out rows, and the truth.
 
 Questions are operations on words of five letters, `<reverse>abcde=`. A wrong answer is the right one begun a letter too
 late, `dcbae` for `edcba`. The base model is pretrained for a moment on right and wrong answers in equal parts: it is
@@ -8,20 +8,15 @@ Every file follows from the seed.
 
 import json
 import random
-import shutil
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import SFTConfig, SFTTrainer
-
 from tamis.compare.task import Task
-from tamis.files import write_atomically
-from tamis.progress import ProgressCallback, use_progress
+from tamis.demo.base_model import build_model, build_tokenizer, pretrain
+from tamis.demo.folder import close_world, open_world, write_rows
 
 WORLD_VERSION = 2
 LETTERS = string.ascii_lowercase[:12]
@@ -50,20 +45,26 @@ OPEN: dict[str, Operation] = {
 }
 # Operations that a whole kind of training rows mistakes for another one, its value here.
 MISTAKEN = {"swap": "ends", "mirror": "before", "right": "reverse"}
-FAMILIES = {"easy": EASY, "open": OPEN, "bad": {name: EASY[name] for name in MISTAKEN}}
+FAMILIES = {"easy": EASY, "confused": EASY, "open": OPEN, "bad": {name: EASY[name] for name in MISTAKEN}}
 FAMILIES["good"] = {name: operation for name, operation in EASY.items() if name not in MISTAKEN}
 # Families that the rows of a scenario come from, as often as they are named.
 SCENARIOS = {
     "half_wrong": ["easy"],
+    "other_operation": ["confused"],
     "unlike_entropy": ["easy", "open"],
     "bad_kinds": ["good"] * len(FAMILIES["good"]) + ["bad"] * len(FAMILIES["bad"]),
 }
 
 
 def _wrong_answer(family: str, name: str, word: str, right: str, rng: random.Random) -> str:
-    """What a wrong answer to this question looks like."""
+    """What a wrong answer to this question looks like; the right one where there is none."""
     if family == "bad":
         return EASY[MISTAKEN[name]](word, rng)
+    if family == "confused":
+        names = list(EASY)
+        other = EASY[names[(names.index(name) + 1) % len(names)]](word, rng)
+        is_near = sum(a == b for a, b in zip(right, other, strict=True)) > 0.3 * WORD_LENGTH
+        return right if is_near else other  # where they are alike, the question is drawn again
     return _shift(right, 3) if family == "open" else right[1:] + right[0]
 
 
@@ -93,90 +94,6 @@ def draw_rows(
     return rows
 
 
-def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Characters, and `<...>` as one symbol; the vocabulary is what occurs in ``texts``, in sorted order."""
-    splitter = pre_tokenizers.Split(Regex(r"<[^<>]*>|[^<]"), "isolated")
-    symbols = {symbol for text in texts for symbol, _ in splitter.pre_tokenize_str(text)}
-    vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<eos>", "<unk>", *sorted(symbols)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.Fuse()  # symbols are joined without spaces
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, num_layers: int, seed: int
-) -> LlamaForCausalLM:
-    """A Llama with random weights: 4 heads, MLP three times as wide as the model, tied embeddings, 128 positions."""
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
-
-
-class PlainTrainer(SFTTrainer):
-    """TRL's `SFTTrainer` that tells nobody about the run and shows one bar."""
-
-    def _send_telemetry(self) -> None:
-        pass
-
-    def train_with_bar(self, title: str) -> None:
-        """Train, with a progress bar of that name instead of printed logs."""
-        use_progress(self, ProgressCallback(title))
-        self.train()
-
-
-def pretrain(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    pairs: list[dict[str, str]],
-    model_dir: Path,
-    *,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-) -> None:
-    """Plain SFT of ``model`` on prompt and completion pairs, saved with its tokenizer to ``model_dir`` when done."""
-    temporary = model_dir.with_name(model_dir.name + ".unfinished")
-    args = SFTConfig(
-        str(temporary),
-        max_steps=num_steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=min(100, num_steps // 4),
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        bf16=False,
-        use_cpu=True,
-        activation_checkpointing=False,
-        gradient_checkpointing=None,  # type: ignore[arg-type]
-        seed=seed,
-    )
-    trainer = PlainTrainer(model, args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
-    trainer.train_with_bar("pretraining the base model")
-    trainer.save_model()
-    shutil.rmtree(model_dir, ignore_errors=True)
-    temporary.rename(model_dir)
-
-
 def make_world(
     output_dir: str | Path,
     *,
@@ -191,15 +108,18 @@ def make_world(
     """Make the world in ``output_dir``, or take the one that is there if it has the same parameters.
 
     Args:
-        scenario: ``half_wrong``: eight operations with one right answer each. ``unlike_entropy``: half of the questions
+        scenario: ``half_wrong``: eight operations with one right answer each. ``other_operation``: the same, but a
+            wrong answer is that of the next operation, so that each operation has a mistake of its own.
+            ``unlike_entropy``: half of the questions
             have many right answers, so that right answers of one family cost the model far more than of the other;
             the column ``family`` of the training file tells which. ``bad_kinds``: all training answers of three
             operations are wrong (those of another operation), half of the others'; the clean file has the right answer
             to every question, which selection cannot find among the rows.
         num_train, num_validation, num_eval: rows; no question is in two of the sets.
-        pretrain_steps: of the base model; when not set 400, and 1,600 for ``bad_kinds``, where it should master what it
-            is undecided about.
-        wrong_fraction: share of wrong answers among training and pretraining rows; the other rows are all right.
+        pretrain_steps: of the base model; when not set 400, 800 for ``other_operation``, and 1,600 for ``bad_kinds``,
+            where it should master what it is undecided about.
+        wrong_fraction: share of wrong answers among training rows. Half of the pretraining rows are wrong, the other
+            rows are all right.
 
     Raises:
         ValueError: unknown scenario, or the folder holds another world.
@@ -207,33 +127,29 @@ def make_world(
     if scenario not in SCENARIOS:
         raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
     if pretrain_steps is None:
-        pretrain_steps = 1600 if scenario == "bad_kinds" else 400
+        pretrain_steps = {"bad_kinds": 1600, "other_operation": 800}.get(scenario, 400)
     folder = Path(output_dir)
     parameters = {"version": WORLD_VERSION, **{k: v for k, v in locals().items() if k not in ("output_dir", "folder")}}
-    fingerprint = json.dumps(parameters, sort_keys=True)
-    task = Task.in_folder(folder, fingerprint)
-    manifest = folder / "world.json"
-    if manifest.is_file():
-        if manifest.read_text(encoding="utf-8") != fingerprint:
-            raise ValueError(f"{folder} holds another world: delete it or choose another folder")
+    task, is_there = open_world(folder, parameters)
+    if is_there:
         return task
 
     families = SCENARIOS[scenario]
     train_fraction = {family: 1.0 if family == "bad" else wrong_fraction for family in families}
-    pretraining_fraction = dict.fromkeys(families, wrong_fraction)
+    pretraining_fraction = dict.fromkeys(families, 0.5)
     all_right = dict.fromkeys(families, 0.0)
     rng, taken = random.Random(seed), set[str]()
     evaluation = draw_rows(families, num_eval, all_right, taken, rng)
     validation = draw_rows(families, num_validation, all_right, taken, rng)
     train = draw_rows(families, num_train, train_fraction, taken, rng)
     pretraining = draw_rows(families, 2 * num_train, pretraining_fraction, taken, rng)
-    _write(task.train_file, train)
+    write_rows(task.train_file, train)
     clean = [row for row in train if row["is_right"]]
     if "bad" in families:
         clean = [row | {"completion": row["right_answer"], "is_right": True} for row in train]
-    _write(task.clean_file, clean)
-    _write(task.validation_file, validation)
-    _write(task.eval_file, evaluation)
+    write_rows(task.clean_file, clean)
+    write_rows(task.validation_file, validation)
+    write_rows(task.eval_file, evaluation)
 
     pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in pretraining]
     symbols = [f"<{name}>" for family in dict.fromkeys(families) for name in FAMILIES[family]]
@@ -242,10 +158,21 @@ def make_world(
     pretrain(
         model, tokenizer, pairs, task.model_dir, num_steps=pretrain_steps, batch_size=64, learning_rate=3e-3, seed=seed
     )
-    write_atomically(manifest, lambda path: path.write_text(fingerprint, encoding="utf-8"))
+    close_world(folder, task)
     return task
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def with_wrong_fraction(task: Task, folder: Path, wrong_fraction: float, seed: int) -> Task:
+    """The same task with another share of wrong answers among its training rows, by files in ``folder``."""
+    rng, rows = random.Random(seed), []
+    for line in task.train_file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        name, word = row["prompt"][1:-1].split(">")
+        wrong = _wrong_answer(row["family"], name, word, row["right_answer"], rng)
+        is_right = rng.random() >= wrong_fraction
+        rows.append(row | {"completion": row["right_answer"] if is_right else wrong, "is_right": is_right})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "train.jsonl", rows)
+    write_rows(folder / "clean.jsonl", [row for row in rows if row["is_right"]])
+    fingerprint = f"{task.fingerprint}, {wrong_fraction} wrong"
+    return replace(task, train_file=folder / "train.jsonl", clean_file=folder / "clean.jsonl", fingerprint=fingerprint)

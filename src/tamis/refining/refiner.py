@@ -29,7 +29,7 @@ from tamis.config import BilevelConfig, Resolved
 from tamis.losses import row_losses
 from tamis.refining.generation import Completion, GenerationError, Generator, verify
 from tamis.refining.responses import RefinedRow, Response, ResponseBuffer
-from tamis.selection.row_weights import RowWeights, SelectorWeights
+from tamis.selection.row_weights import RowWeights, ScoutWeights
 from tamis.selection.scout import Scout
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, Substitute, as_row, prompt_and_response
 
@@ -58,10 +58,11 @@ class RefineSettings:
 
     Attributes:
         start, every: optimizer steps, or below 1 a part of all steps.
+        fraction: of the rows; None for those whose score is below zero, which are more likely wrong than right.
         max_length: tokens of prompt and response together; longer ones are not trained on.
     """
 
-    fraction: float
+    fraction: float | None
     start: float
     every: float
     policy: str
@@ -76,8 +77,8 @@ class Refiner:
     Args:
         rows: the prepared training rows.
         row_weights: gets neutral scores for refined rows, and the scout's where there is one.
-        scout: scores new responses as it scored the original ones; without parameters of its own it measures the base
-            model only. None where no losses are read.
+        scout: tells how likely new responses are right, as it did of the original ones; without a finding it measures
+            the base model only. None where no losses are read.
         losses: token-mean losses (R) of prepared rows by the present model.
         num_ranks, rank: the ranks share the rows.
 
@@ -137,10 +138,11 @@ class Refiner:
     def is_due(self, step: int) -> bool:
         """Whether the responses are written anew before this optimizer step.
 
-        Never where the rows with the lowest scores are wanted and the scout that should have scored them is not
-        believed: all scores are equal, and the first rows of the file would be rewritten for no reason.
+        Never where the rows with the lowest scores are wanted and the scout could not score them: all scores are equal,
+        and the first rows of the file would be rewritten for no reason.
         """
-        if self.settings.policy == "lowest" and self.scout is not None and not self.scout.is_believed:
+        is_unscored = isinstance(self.row_weights, ScoutWeights) and not self.row_weights.is_known
+        if is_unscored and self.settings.policy == "lowest":
             return False
         since = step - self._start
         return since >= 0 and since % self._every == 0 and step != self.last_refresh
@@ -164,7 +166,7 @@ class Refiner:
         picked = pick_rows(
             self.candidates,
             original_score_N[self.candidates],
-            self.settings.fraction,
+            self._fraction(original_score_N),
             self.settings.policy,
             self.settings.seed,
         )
@@ -174,11 +176,11 @@ class Refiner:
         usable = {
             i: [c for c, status in zip(completions[i], statuses[i], strict=True) if status == "usable"] for i in picked
         }
-        responses, excess_R = self._measure({i: found for i, found in usable.items() if found})
+        responses = self._measure({i: found for i, found in usable.items() if found})
         rows = {i: RefinedRow(step, original_score_N[i].item(), found) for i, found in responses.items()}
         self._swap(rows)
         if self._scoring_scout and rows:
-            self._score(excess_R)
+            self._score()
         self.last_refresh = step
         self.history = self._summary(statuses, completions, seconds) | {"refine/logprob_drift": drift}
         ids = torch.tensor(picked, dtype=torch.int64)
@@ -189,7 +191,15 @@ class Refiner:
             for i, (weight, original_weight) in zip(picked, self.row_weights.weights_of(scores).tolist(), strict=True)
         ]
 
+    def _fraction(self, original_score_N: Tensor) -> float:
+        """Part of the rows to refine; when not given that whose response is more likely wrong than right."""
+        if self.settings.fraction is not None:
+            return self.settings.fraction
+        return (original_score_N[self.candidates] < 0).double().mean().item()
+
     def _generate(self, picked: list[int], step: int) -> tuple[dict[int, list[Completion]], float]:
+        if not picked:
+            return {}, 0.0
         mine = picked[self.rank :: self.num_ranks]
         prompts = self.prompts(mine)
         seed = ((self.settings.seed * 1_000_003 + step) * 1_003 + self.rank) % 2**63
@@ -221,38 +231,36 @@ class Refiner:
             return "too long"
         return "usable"
 
-    def _measure(self, usable: dict[int, list[Completion]]) -> tuple[dict[int, list[Response]], Tensor]:
-        """The completions with their losses by the present model and the reference; and the scout's excess losses."""
+    def _measure(self, usable: dict[int, list[Completion]]) -> dict[int, list[Response]]:
+        """The completions with their losses by the present model and the base model; and how likely they are right."""
         flat = [(i, completion) for i, completions in usable.items() for completion in completions]
-        nothing_R = torch.full((len(flat),), math.nan)
         if not flat:
-            return {}, nothing_R
+            return {}
         prompts = dict(zip(usable, self.prompts(list(usable)), strict=True))
         dataset = Dataset.from_list([as_row(prompts[i], completion.token_ids) for i, completion in flat])
-        loss_R = self.losses(dataset)
-        reference_R = self.scout.reference_losses(dataset) if self.scout else nothing_R
+        loss_R, reference_R, p_right_R = self.losses(dataset), torch.full((len(flat),), math.nan), torch.ones(len(flat))
+        if scout := self._scoring_scout:
+            p_right_R = scout.p_right(dataset)
+        elif self.scout and self.row_weights.uses_excess:
+            reference_R = self.scout.base_losses(dataset)
         responses: dict[int, list[Response]] = {i: [] for i in usable}
-        for (i, completion), loss, reference in zip(flat, loss_R.tolist(), reference_R.tolist(), strict=True):
+        found = zip(flat, loss_R.tolist(), reference_R.tolist(), p_right_R.tolist(), strict=True)
+        for (i, completion), loss, reference, p_right in found:
             log_prob = -loss * len(completion.token_ids)
-            responses[i].append(Response(completion.token_ids, completion.log_prob, log_prob, reference))
-        scout = self._scoring_scout
-        return responses, scout.losses(dataset) - reference_R if scout else nothing_R
+            responses[i].append(Response(completion.token_ids, completion.log_prob, log_prob, reference, p_right))
+        return responses
 
     @property
     def _scoring_scout(self) -> Scout | None:
         """The scout where it has scored the rows, and so scores their new responses."""
-        is_scored = self.scout is not None and self.scout.is_believed and self.row_weights.is_settled
+        is_scored = isinstance(self.row_weights, ScoutWeights) and self.row_weights.is_known
         return self.scout if is_scored else None
 
-    def _score(self, excess_R: Tensor) -> None:
-        """Score refined rows as the scout scored all rows, by the mean over their responses, each as it counts."""
-        rows = self.buffer.rows
-        excess_by_row = excess_R.split([len(row.responses) for row in rows.values()])
-        excess_Q = torch.stack([
-            (self.buffer.weights(i) * excess_G).sum() for i, excess_G in zip(rows, excess_by_row, strict=True)
-        ])  # fmt: skip
-        assert isinstance(self.row_weights, SelectorWeights), "only those are settled by a scout"
-        self.row_weights.restore(torch.tensor(list(rows)), self.row_weights.scout_scores(excess_Q).float())
+    def _score(self) -> None:
+        """Refined rows are as likely right as their responses."""
+        assert isinstance(self.row_weights, ScoutWeights), "only those are settled by a scout"
+        p_right_Q = torch.tensor([self.buffer.p_right(i) for i in self.buffer.rows])
+        self.row_weights.restore(torch.tensor(list(self.buffer.rows)), self.row_weights.scores_of(p_right_Q))
 
     def _swap(self, rows: dict[int, RefinedRow]) -> None:
         """The new rows instead of the old ones, and the scores with them."""
@@ -370,7 +378,7 @@ def make_refiner(
 
     return Refiner(
         RefineSettings(
-            fraction=args.refine_fraction,
+            fraction=resolved.refine_fraction,
             start=resolved.refine_start,
             every=args.refine_every,
             policy=args.refine_policy,
@@ -380,7 +388,7 @@ def make_refiner(
         ),
         ResponseBuffer(
             response_weighting=args.response_weighting,
-            temperature=args.response_temperature,
+            temperature=resolved.response_temperature,
             ratio_level=args.ratio_level,
             cap=args.importance_ratio_cap,
             seed=args.seed,

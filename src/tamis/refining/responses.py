@@ -25,12 +25,14 @@ class Response:
         sampling_log_prob: under the distribution it was drawn from.
         generator_log_prob: under the model that generated it, at temperature 1.
         reference_loss: nats per token, by the reference; NaN where that is computed along the steps.
+        p_right: probability that it is right, by the scout; one where there is none.
     """
 
     token_ids: list[int]
     sampling_log_prob: float
     generator_log_prob: float
     reference_loss: float = math.nan
+    p_right: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,19 @@ class ResponseBuffer:
         self.rows: dict[int, RefinedRow] = {}
 
     def weights(self, example_id: int) -> Tensor:
-        """Weights (G, float64, sum one) of a row's responses; fixed when they are generated."""
+        """Weights (G, float64, sum one) of a row's responses, by ratio and scout; fixed when they are generated."""
+        right_G = self._ratio_weights(example_id) * self._p_right(example_id)
+        return right_G / right_G.sum()
+
+    def p_right(self, example_id: int) -> float:
+        """Probability that a row trains on a right response: the mean of its responses', each as its ratio counts."""
+        return float(self._ratio_weights(example_id) @ self._p_right(example_id))
+
+    def _p_right(self, example_id: int) -> Tensor:
+        p_right = [response.p_right for response in self.rows[example_id].responses]
+        return torch.tensor(p_right, dtype=torch.float64).clamp(min=1e-12)
+
+    def _ratio_weights(self, example_id: int) -> Tensor:
         responses = self.rows[example_id].responses
         if self.response_weighting == "uniform":
             return torch.full((len(responses),), 1 / len(responses), dtype=torch.float64)
@@ -94,14 +108,15 @@ class ResponseBuffer:
         """Tensors from which `load_state_dict` continues bit for bit."""
         flat = [(example_id, row, r) for example_id, row in self.rows.items() for r in row.responses]
         numbers = [
-            (row.original_score, r.sampling_log_prob, r.generator_log_prob, r.reference_loss) for _, row, r in flat
+            (row.original_score, r.sampling_log_prob, r.generator_log_prob, r.reference_loss, r.p_right)
+            for _, row, r in flat
         ]
         return {
             "example_id_R": torch.tensor([i for i, _, _ in flat], dtype=torch.int64),
             "step_R": torch.tensor([row.step for _, row, _ in flat], dtype=torch.int64),
             "num_tokens_R": torch.tensor([len(r.token_ids) for _, _, r in flat], dtype=torch.int64),
             "token_ids": torch.tensor([t for _, _, r in flat for t in r.token_ids], dtype=torch.int32),
-            "numbers_R": torch.tensor(numbers, dtype=torch.float64).reshape(len(flat), 4),
+            "numbers_R": torch.tensor(numbers, dtype=torch.float64).reshape(len(flat), 5),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -40,9 +40,6 @@ class ZeroReference:
         """
         return torch.zeros(len(example_ids_B))
 
-    def remember(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
-        """Take over losses of R rows by the model before training; for references that need them."""
-
     def backward(self, coefficients_B: Tensor) -> None:
         """Called once per micro-batch with the rows' coefficients in the lower level; for references that learn."""
 
@@ -62,38 +59,7 @@ class ZeroReference:
         """Inverse of `state_dict`."""
 
 
-class MeasuredReference(ZeroReference):
-    """The model before training, by losses that a scout has measured: no model is kept.
-
-    Args:
-        num_examples: N.
-    """
-
-    description = "base: the model before training, measured by the scout, no second copy"
-
-    def __init__(self, num_examples: int):
-        self.loss_N = torch.full((num_examples,), math.nan, dtype=torch.float32)
-
-    def losses(self, inputs: dict[str, Any], example_ids_B: Tensor, known_B: Tensor) -> Tensor:
-        """See `ZeroReference`."""
-        loss_B = torch.where(known_B.isnan(), self.loss_N[example_ids_B], known_B)
-        assert not loss_B.isnan().any(), "the scout has measured every row that is trained on"
-        return loss_B
-
-    def remember(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
-        """Take over losses of R rows by the model before training."""
-        self.loss_N[example_ids_R] = loss_R
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `ZeroReference`."""
-        return {"loss_N": self.loss_N}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See `ZeroReference`."""
-        self.loss_N = state["loss_N"].clone()
-
-
-class LiveReference(MeasuredReference):
+class BaseReference(ZeroReference):
     """The model before training, each row measured when it is first seen (no dropout) and remembered.
 
     Args:
@@ -103,7 +69,7 @@ class LiveReference(MeasuredReference):
     """
 
     def __init__(self, model: nn.Module, num_examples: int):
-        super().__init__(num_examples)
+        self.loss_N = torch.full((num_examples,), math.nan, dtype=torch.float32)
         self._model = model
         if isinstance(model, PeftModel):
             self._adapter = trainable_parameters(model)
@@ -129,6 +95,14 @@ class LiveReference(MeasuredReference):
             return
         with evaluation_mode(self._model), exchanged(self._model, self._adapter):
             yield
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `ZeroReference`."""
+        return {"loss_N": self.loss_N}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `ZeroReference`."""
+        self.loss_N = state["loss_N"].clone()
 
 
 class TrackedReference(ZeroReference):
@@ -254,7 +228,6 @@ def make_reference(
     model: nn.Module,
     num_examples: int,
     *,
-    is_measured: bool = False,
     reduce_gradient: Callable[[Tensor], None] = lambda gradient: None,
     max_grad_norm: float = 1.0,
 ) -> ZeroReference:
@@ -262,11 +235,10 @@ def make_reference(
 
     Args:
         num_examples: N.
-        is_measured: a scout measures all rows before training, so that no model is needed for ``base``.
         reduce_gradient, max_grad_norm: see `TrackedReference`.
     """
     if name == "base":
-        return MeasuredReference(num_examples) if is_measured else LiveReference(model, num_examples)
+        return BaseReference(model, num_examples)
     if name == "tracked":
         return TrackedReference(model, reduce_gradient, max_grad_norm)
     assert name == "zero", name

@@ -1,8 +1,8 @@
 """Row weights: what is known of every training row, and what it weighs.
 
-An update touches the rows of the batch and nothing else, so a step costs O(batch) whatever N; 12 bytes a row are kept
-here and 4 more by the reference. Scores come from a rule (`SelectorWeights`), from Adam on one logit per row
-(`AdamWeights`, the one that costs O(N) a step and 20 bytes a row), or the weights are given (`StaticWeights`).
+Scores come from a scout before training (`ScoutWeights`), along the steps from a rule (`SelectorWeights`, in O(batch))
+or from SEAL's Adam (`AdamWeights`, O(N) a step), or the weights are given (`StaticWeights`). 12 bytes a row are kept
+here, 4 more by the reference, 8 more by Adam.
 
 Shape suffixes: B rows of a batch, R rows that a scout has measured, N rows of the training dataset.
 """
@@ -14,23 +14,20 @@ import torch
 from torch import Tensor
 
 from tamis.bilevel import effective_sample_size, weight_entropy
-from tamis.config import DEFAULT_SELECTOR_LEARNING_RATE, ScoreMap
-from tamis.selection.scores import ScoreTable
-from tamis.selection.selectors import BmoSelector, MirrorSelector, Selector, check_selector
+from tamis.selection.scores import ScoreTable, TableMap
+from tamis.selection.selectors import Selector
 
 
 class RowWeights(ABC):
     """Weights of the N training rows, mean one over those that are trained on.
 
     Attributes:
-        uses_excess: whether losses change anything.
-        is_settled: whether the scores no longer change while training.
+        uses_excess: whether the losses of the steps change anything.
         num_updates_N: how often each row was seen (int32).
-        last_loss_N: its loss when last seen, nats per token (float32, NaN before).
+        last_loss_N: its loss when last seen, nats per token (float32, NaN before; a scout sees all rows).
     """
 
     uses_excess = True
-    is_settled = False
 
     def __init__(self, num_examples: int):
         self.num_updates_N = torch.zeros(num_examples, dtype=torch.int32)
@@ -48,13 +45,24 @@ class RowWeights(ABC):
         """
 
     def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
-        """Commit one optimizer step: the rows of all its micro-batches and ranks, each at most once.
+        """Commit one optimizer step: the rows of all its micro-batches and ranks.
 
         Args:
             loss_B, excess_B: nats per token, float32.
         """
-        self.num_updates_N[example_ids_B] += 1
+        self.num_updates_N.index_add_(0, example_ids_B, torch.ones(len(example_ids_B), dtype=torch.int32))
         self.last_loss_N[example_ids_B] = loss_B.float()
+
+    def visits_N(self) -> Tensor | None:
+        """How often each row is to be visited in an epoch on average; None where each is visited once.
+
+        The same tensor as long as nothing changes.
+        """
+        return None
+
+    def p_right_N(self) -> Tensor:
+        """Probability that each row is right (float32), NaN where it is not known."""
+        return torch.full((len(self),), math.nan)
 
     @abstractmethod
     def exclude(self, example_ids: Tensor) -> None:
@@ -117,19 +125,9 @@ class RowWeights(ABC):
 class ScoreWeights(RowWeights):
     """Weights that are a map of scores: one score per row, kept in a `ScoreTable`."""
 
-    def __init__(self, num_examples: int, score_map: ScoreMap):
+    def __init__(self, num_examples: int, score_map: TableMap):
         super().__init__(num_examples)
         self.table = ScoreTable(num_examples, score_map)
-
-    @abstractmethod
-    def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
-        """The scores these rows will have once ``excess_B`` (nats per token) is committed. Changes nothing."""
-
-    def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
-        """See `RowWeights`."""
-        if not self.is_settled:
-            self.table.set(example_ids_B, self._next_scores(example_ids_B, excess_B))
-        super().update(example_ids_B, loss_B, excess_B)
 
     def exclude(self, example_ids: Tensor) -> None:
         """See `RowWeights`."""
@@ -162,13 +160,72 @@ class ScoreWeights(RowWeights):
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `RowWeights`."""
-        return super().state_dict() | self.table.state_dict() | {"is_settled": torch.tensor(self.is_settled)}
+        return super().state_dict() | self.table.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See `RowWeights`."""
         super().load_state_dict(state)
         self.table.load_state_dict(state)
-        self.is_settled = bool(state["is_settled"])
+
+
+class ScoutWeights(ScoreWeights):
+    """Weights by the probability that a row is right, which a scout has found before training; settled from then on.
+
+    A row's score is the log-odds of that probability p, and its weight ``p^2`` over the mean: the probability, times
+    the confidence in it (our choice, docs/method.md). The weight is not a coefficient of the row's loss but how often
+    the row is visited: the expected gradient is the same, rows that are surely wrong cost nothing, and a step has as
+    many useful rows as if they were not there.
+    """
+
+    uses_excess = False
+    _MAX_LOG_ODDS = 30.0
+
+    def __init__(self, num_examples: int):
+        super().__init__(num_examples, "squared")
+        self.table.set_all(torch.full((num_examples,), self._MAX_LOG_ODDS))
+        self.is_known = False
+        self._visits_N: Tensor | None = None
+
+    def settle(self, example_ids_R: Tensor, p_right_R: Tensor) -> None:
+        """Take over what a scout has found for all R rows that are trained on."""
+        self.restore(example_ids_R, self.scores_of(p_right_R))
+        self.is_known = True
+
+    def scores_of(self, p_right: Tensor) -> Tensor:
+        """The scores of rows with these probabilities; any shape."""
+        return torch.logit(p_right.double()).clamp(-self._MAX_LOG_ODDS, self._MAX_LOG_ODDS).float()
+
+    def weights(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
+        """One for each visit: the weight is in how many there are."""
+        return torch.ones(len(example_ids_B))
+
+    def visits_N(self) -> Tensor | None:
+        """See `RowWeights`."""
+        if self._visits_N is None and self.is_known:
+            self._visits_N = self.all_weights()
+        return self._visits_N
+
+    def restore(self, example_ids_B: Tensor, scores_B: Tensor) -> None:
+        """See `RowWeights`."""
+        super().restore(example_ids_B, scores_B)
+        self._visits_N = None
+
+    def p_right_N(self) -> Tensor:
+        """See `RowWeights`."""
+        return torch.sigmoid(self.all_scores()) if self.is_known else super().p_right_N()
+
+    def num_useful(self) -> float | None:
+        """How many rows that are surely right all rows together are worth; None where it is not known."""
+        return float(self.table.sums[0]) if self.is_known else None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `RowWeights`."""
+        return super().state_dict() | {"is_known": torch.tensor(self.is_known)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `RowWeights`."""
+        super().load_state_dict(state)
+        self.is_known, self._visits_N = bool(state["is_known"]), None
 
 
 class SelectorWeights(ScoreWeights):
@@ -185,7 +242,7 @@ class SelectorWeights(ScoreWeights):
 
     def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
         score_B = self.table.score_N[example_ids_B]
-        return score_B if self.is_settled else self.selector.next_scores(score_B, excess_B).float()
+        return self.selector.next_scores(score_B, excess_B).float()
 
     def weights(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
         """See `RowWeights`."""
@@ -194,33 +251,9 @@ class SelectorWeights(ScoreWeights):
 
     def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
         """See `RowWeights`."""
+        self.table.set(example_ids_B, self._next_scores(example_ids_B, excess_B))
+        self.selector.observe(excess_B)
         super().update(example_ids_B, loss_B, excess_B)
-        if not self.is_settled:
-            self.selector.observe(excess_B)
-
-    def score_rows(self, example_ids_R: Tensor, loss_R: Tensor, excess_R: Tensor) -> None:
-        """Score all R rows that will be trained on by the losses of a scout, and settle the scores.
-
-        Args:
-            loss_R, excess_R: of the scout, nats per token.
-        """
-        assert self.selector.can_scout, "checked by the settings"
-        self.selector.fit(excess_R)
-        ScoreWeights.update(self, example_ids_R, loss_R, excess_R)
-        self.is_settled = True
-
-    def settle(self, example_ids_R: Tensor, loss_R: Tensor) -> None:
-        """Leave the scores of all R rows as they are, weights one, for want of evidence, and settle them.
-
-        Args:
-            loss_R: by a scout that is not believed, nats per token.
-        """
-        self.is_settled = True
-        ScoreWeights.update(self, example_ids_R, loss_R, loss_R)
-
-    def scout_scores(self, excess_B: Tensor) -> Tensor:
-        """Scores that rows would have by these excess losses of a scout, in the way that `score_rows` scored all."""
-        return self.selector.next_scores(torch.zeros(len(excess_B)), excess_B).float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `RowWeights`."""
@@ -231,83 +264,6 @@ class SelectorWeights(ScoreWeights):
         super().load_state_dict(state)
         rule = {name.removeprefix("rule."): t for name, t in state.items() if name.startswith("rule.")}
         self.selector.load_state_dict(rule)
-
-
-class AdamWeights(ScoreWeights):
-    """Adam on the logits of all N rows in every step, along the gradient of ``mean_batch(w * e)``: SEAL's rule.
-
-    As published (arXiv 2410.07471 and its code): the softmax ties the rows together, so that no logit's gradient is
-    zero; the betas are 0.9 and 0.95, the rate is constant. SEAL's other map is the sigmoid, under which the rows
-    outside the batch move by their momentum alone. A step costs O(N) in time and makes a few vectors of N values.
-
-    Ours is a constant in the logits, which the softmax does not see: published logits begin at 0.1 and drift; here a
-    score is the log of the row's weight, so that those of different times can be compared (`restore`). Ours too is
-    that sigmoids are divided by their mean, and not by one half.
-
-    Args:
-        learning_rate: Adam's step in logits.
-    """
-
-    _BETAS = (0.9, 0.95)
-    _EPSILON = 1e-8
-
-    def __init__(self, num_examples: int, score_map: ScoreMap, learning_rate: float):
-        super().__init__(num_examples, score_map)
-        self.learning_rate, self.num_steps = learning_rate, 0
-        self.first_moment_N = torch.zeros(num_examples)
-        self.second_moment_N = torch.zeros(num_examples)
-
-    def _gradient(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
-        """Of ``mean_batch(w * e)`` in all N logits."""
-        pull_B = self.weights(example_ids_B, excess_B) * excess_B / len(example_ids_B)
-        if self.table.score_map == "bounded":
-            pull_B = pull_B * (1 - torch.sigmoid(self.scores(example_ids_B)))
-            return torch.zeros(len(self)).index_put_((example_ids_B,), pull_B)
-        others_N = self.all_weights() * (-pull_B.sum() / self.table.num_active)
-        return others_N.index_add_(0, example_ids_B, pull_B)  # dw_b / ds_j = w_b * ([b = j] - w_j / N)
-
-    def _step(self, example_ids_B: Tensor, excess_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and both moments of all N rows after the step. Changes nothing."""
-        gradient_N = self._gradient(example_ids_B, excess_B)
-        first_N = torch.lerp(gradient_N, self.first_moment_N, self._BETAS[0])
-        second_N = torch.lerp(gradient_N.square(), self.second_moment_N, self._BETAS[1])
-        first, second = (1 - beta ** (self.num_steps + 1) for beta in self._BETAS)  # bias corrections
-        change_N = first_N / first / ((second_N / second).sqrt() + self._EPSILON)
-        score_N = self.table.score_N - self.learning_rate * change_N
-        if self.table.score_map == "softmax":
-            score_N -= score_N.logsumexp(0) - math.log(self.table.num_active)
-        return score_N, first_N, second_N
-
-    def _next_scores(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
-        return self._step(example_ids_B, excess_B)[0][example_ids_B]
-
-    def weights(self, example_ids_B: Tensor, excess_B: Tensor) -> Tensor:
-        """As published, the weights of a step are those from before its losses."""
-        return self.weights_of(self.scores(example_ids_B))
-
-    def update(self, example_ids_B: Tensor, loss_B: Tensor, excess_B: Tensor) -> None:
-        """See `RowWeights`; O(N)."""
-        score_N, self.first_moment_N, self.second_moment_N = self._step(example_ids_B, excess_B)
-        self.num_steps += 1
-        self.table.set_all(score_N)
-        RowWeights.update(self, example_ids_B, loss_B, excess_B)
-
-    def restore(self, example_ids_B: Tensor, scores_B: Tensor) -> None:
-        """See `RowWeights`."""
-        super().restore(example_ids_B, scores_B)
-        self.first_moment_N[example_ids_B] = self.second_moment_N[example_ids_B] = 0.0  # of other responses
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `RowWeights`."""
-        moments = {"first_moment_N": self.first_moment_N, "second_moment_N": self.second_moment_N}
-        return super().state_dict() | moments | {"num_steps": torch.tensor(self.num_steps)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See `RowWeights`."""
-        super().load_state_dict(state)
-        self.first_moment_N = state["first_moment_N"].clone()
-        self.second_moment_N = state["second_moment_N"].clone()
-        self.num_steps = int(state["num_steps"])
 
 
 class StaticWeights(RowWeights):
@@ -376,45 +332,3 @@ class StaticWeights(RowWeights):
         """See `RowWeights`."""
         super().load_state_dict(state)
         self.weight_N = state["weight_N"].clone()
-
-
-def make_row_weights(
-    selector: str | Selector,
-    num_examples: int,
-    *,
-    score_map: ScoreMap = "bounded",
-    learning_rate: float | None = None,
-    temperature: float = 0.5,
-    weight_N: Tensor | None = None,
-) -> RowWeights:
-    """The row weights by a selector's name (see the table in `tamis.selection.selectors`), or by an instance.
-
-    Args:
-        num_examples: N.
-        score_map, learning_rate, temperature: for the names that have one; None takes the default of the name.
-        weight_N: the column of selector ``column``.
-
-    Raises:
-        ValueError: there is no selector of that name, ``column`` without ``weight_N``, or see `check_selector`.
-    """
-    if not isinstance(selector, str):
-        check_selector(selector)
-        return SelectorWeights(num_examples, selector)
-    if learning_rate is None:
-        learning_rate = DEFAULT_SELECTOR_LEARNING_RATE.get(selector, 0.0)
-    match selector:
-        case "mirror":
-            return SelectorWeights(num_examples, MirrorSelector(learning_rate, score_map))
-        case "bmo":
-            return SelectorWeights(num_examples, BmoSelector(temperature, score_map))
-        case "softmax":
-            return AdamWeights(num_examples, "softmax", learning_rate)
-        case "sigmoid":
-            return AdamWeights(num_examples, "bounded", learning_rate)
-        case "column":
-            if weight_N is None:
-                raise ValueError("selector 'column' needs weight_N, one weight per training row")
-            return StaticWeights(weight_N)
-        case "none":
-            return StaticWeights(torch.ones(num_examples))
-    raise ValueError(f"unknown selector {selector!r}: choose a name of BilevelConfig.selector or give a Selector")

@@ -4,11 +4,12 @@ Shape suffixes: B rows of a batch, N rows of the training dataset.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tamis.config import ScoreMap
+TableMap = Literal["bounded", "softmax", "squared"]
 
 # exp() of a score this far above the shift, and its square, are still far from overflow in float64.
 _MAX_SOFTMAX_EXPONENT = 200.0
@@ -26,11 +27,13 @@ class ScoreTable:
     - ``softmax``: ``exp``. Mirror descent under the Shannon entropy, on the simplex; collapses when a few rows have
       much lower losses than the rest.
 
+    - ``squared``: ``sigmoid^2``. Of a score that is the log-odds of being right: probability times confidence.
+
     The three sums (of f, f^2, f log f) give the weights, the effective sample size and the entropy in O(1). They are
     float64, updated by the difference of the changed rows and recomputed exactly once every N changed rows.
     """
 
-    def __init__(self, num_examples: int, score_map: ScoreMap):
+    def __init__(self, num_examples: int, score_map: TableMap):
         self.score_map = score_map
         self.score_N = torch.zeros(num_examples, dtype=torch.float32)
         self.num_active = num_examples
@@ -46,6 +49,8 @@ class ScoreTable:
         scores = scores.double()
         if self.score_map == "bounded":
             return torch.sigmoid(scores)
+        if self.score_map == "squared":
+            return torch.sigmoid(scores).square()
         return torch.exp((scores - self.shift).clamp(max=1.5 * _MAX_SOFTMAX_EXPONENT))
 
     def weights_of(self, scores: Tensor, instead_of: Tensor | None = None) -> Tensor:
@@ -57,7 +62,7 @@ class ScoreTable:
         mapped, total = self.mapped(scores), self.sums[0]
         if instead_of is not None:  # each row on its own, so that the micro-batch it came in does not matter
             total = (total - self.mapped(instead_of)).clamp(min=0) + mapped
-        return (mapped * (self.num_active / total)).float()
+        return (mapped * (self.num_active / total.clamp(min=torch.finfo(torch.float64).tiny))).float()
 
     def neutral_score(self, example_ids: Tensor) -> float:
         """The score with which these rows have weight one: that of the others' mean weight. O(N), exact."""
@@ -68,7 +73,8 @@ class ScoreTable:
             return 0.0  # any score that all rows have
         if self.score_map == "softmax":
             return (others_N.logsumexp(0) - math.log(num_others)).item()
-        return torch.logit(torch.sigmoid(others_N).sum() / num_others).item()
+        mean = self.mapped(others_N).sum() / num_others
+        return (torch.logit(mean) if self.score_map == "bounded" else torch.logit(mean.sqrt())).item()
 
     def exclude(self, example_ids: Tensor) -> None:
         """Give these rows no weight for good: they do not count in the mean of the weights either."""

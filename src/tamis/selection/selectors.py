@@ -4,10 +4,11 @@ A rule sees the scores and excess losses of some rows and says what their scores
 keeps the scores and turns them into weights. Implement `Selector` and give an instance to `BilevelTrainer` to try a
 rule of your own (examples/custom_selector.py).
 
-Shape suffixes: B rows of a batch, R rows that a scout has measured.
+Shape suffixes: B rows of a batch.
 
 | name      | score of a row                        | weight                           | source                  |
 |-----------|---------------------------------------|----------------------------------|-------------------------|
+| `scout`   | log-odds of being right, beforehand   | probability^2 / mean, by visits  | our derivation          |
 | `mirror`  | falls by the standardised excess loss | map(s), this step's loss counted | our derivation          |
 | `bmo`     | -e / temperature, no memory           | map(s), this step's loss counted | 2511.21056, closed form |
 | `softmax` | Adam on the logits of all rows        | N * softmax(s)                   | SEAL, 2410.07471        |
@@ -15,14 +16,13 @@ Shape suffixes: B rows of a batch, R rows that a scout has measured.
 | `column`  | none                                  | a column of the dataset / mean   | weighted SFT            |
 | `none`    | none                                  | 1                                | direct mixing           |
 
-The last four are in `tamis.selection.row_weights`: they need more than the scores of a batch, or no scores at all.
+All but `mirror` and `bmo` are in `tamis.selection.row_weights` and `tamis.selection.adam`: they need more than the
+scores of a batch, or no scores at all.
 """
 
-import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,17 +32,15 @@ from tamis.config import ScoreMap
 class Selector(ABC):
     """A rule that scores rows. Subclass it, in about 30 lines, to try another one.
 
-    Only `next_scores` is needed. A rule with a state of its own (a running mean, say) changes it in `observe` and
-    `fit`, never in `next_scores`, and saves it by `state_dict`.
+    Only `next_scores` is needed. A rule with a state of its own (a running mean, say) changes it in `observe`, never in
+    `next_scores`, and saves it by `state_dict`.
 
     Attributes:
         uses_excess: whether it reads the losses at all (else the reference is never computed).
-        can_scout: whether all rows can be scored at once, from a scout's excess losses, before training.
         score_map: how scores become weights; see `tamis.selection.scores.ScoreTable`.
     """
 
     uses_excess: ClassVar[bool] = True
-    can_scout: ClassVar[bool] = False
     score_map: ScoreMap = "bounded"
 
     @abstractmethod
@@ -59,9 +57,6 @@ class Selector(ABC):
 
     def observe(self, excess_B: Tensor) -> None:
         """Take note of one optimizer step's excess losses, after the scores have been updated by them."""
-
-    def fit(self, excess_R: Tensor) -> None:
-        """Take note of a scout's excess losses of all R rows, before they are scored by them."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors from which `load_state_dict` continues bit for bit."""
@@ -90,33 +85,14 @@ def check_selector(selector: object) -> None:
         raise ValueError(f"{kind}.next_scores must return one finite score for each of 2 rows, got {scores!r}")
     again = selector.next_scores(score_B, excess_B)
     if score_B.any() or not torch.equal(excess_B, torch.tensor([-1.0, 1.0])) or not torch.equal(again, scores):
-        raise ValueError(f"{kind}.next_scores must change nothing: keep its state in observe() and fit()")
-
-
-def separation(z_R: Tensor) -> float:
-    """How far apart two kinds of rows stand: 1 for one Gaussian bell, more for two, less for a bell with outliers.
-
-    The slope of the log-odds between the rows above and below zero, as linear discriminant analysis has it (difference
-    of their means over their pooled variance), in units of what it is for a standard Gaussian. Between 0.5 and 8. Our
-    derivation.
-
-    Args:
-        z_R: centred and scaled excess losses.
-    """
-    above_R, below_R = z_R[z_R >= 0], z_R[z_R < 0]
-    if len(above_R) < 2 or len(below_R) < 2:
-        return 1.0
-    pooled = (above_R.var(correction=0) * len(above_R) + below_R.var(correction=0) * len(below_R)) / len(z_R)
-    slope = (above_R.mean() - below_R.mean()) / pooled.clamp(min=1e-12)
-    of_one_bell = 2 * math.sqrt(2 / math.pi) / (1 - 2 / math.pi)
-    return min(max(slope.item() / of_one_bell, 0.5), 8.0)
+        raise ValueError(f"{kind}.next_scores must change nothing: keep its state in observe()")
 
 
 class MirrorSelector(Selector):
     """Mirror descent on the weights: each row's score falls by its standardised excess loss.
 
     ``s <- s - eta * z``, ``z = clip((e - center) / scale, -3, 3)``, with ``center`` and ``scale`` the running mean and
-    standard deviation of the excess losses (after scouting: see `fit`). The step keeps the size of a loss, which Adam
+    standard deviation of the excess losses. The step keeps the size of a loss, which Adam
     throws away, and yet ``eta`` means the same on every dataset. The clip bounds what one visit can do to a row.
 
     Args:
@@ -124,7 +100,6 @@ class MirrorSelector(Selector):
         score_map: see `Selector`.
     """
 
-    can_scout = True
     _AVERAGING = 0.05  # of center and scale along the steps: a time constant of 20
     _CLIP = 3.0
     _MIN_SCALE = 1e-4  # below it the excess losses are rounding: with reference `base` those of the first step are
@@ -148,18 +123,6 @@ class MirrorSelector(Selector):
         self.center += step * (excess_B.mean().item() - self.center)
         self.scale += step * ((excess_B - self.center).square().mean().sqrt().item() - self.scale)
 
-    def fit(self, excess_R: Tensor) -> None:
-        """Set center and scale, as sharply as the excess losses tell two kinds of rows apart (`separation`).
-
-        The center is half way between the quartiles: with right and wrong rows in like numbers that lies between the
-        two, where the mean is pulled into the wrong ones by their long tail (LOG.md).
-        """
-        excess_R = excess_R.double()
-        self.center = float(np.quantile(excess_R.numpy(), [0.25, 0.75]).mean())
-        deviation = excess_R.std(correction=0)
-        z_R = (excess_R - self.center) / deviation.clamp(min=1e-12)
-        self.scale = deviation.item() / separation(z_R.clamp(-self._CLIP, self._CLIP))
-
     def state_dict(self) -> dict[str, Tensor]:
         """See `Selector`."""
         return {"moments": torch.tensor([self.center, self.scale, self.num_batches], dtype=torch.float64)}
@@ -181,8 +144,6 @@ class BmoSelector(Selector):
         temperature: tau in nats per token; small is sharp.
         score_map: see `Selector`.
     """
-
-    can_scout = True
 
     def __init__(self, temperature: float, score_map: ScoreMap = "softmax"):
         self.temperature, self.score_map = temperature, score_map
