@@ -255,6 +255,19 @@ def test_generation_takes_the_rows_of_a_micro_batch(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "temperature"),
+    [
+        ({}, 1.0),
+        ({"selector": "mirror"}, 0.15),
+        ({"selector": "none", "refine_policy": "random"}, 0.15),
+        ({"response_temperature": 0.4}, 0.4),
+    ],
+)
+def test_likely_responses_are_sharpened_only_where_no_scout_tells_them_apart(tmp_path, settings, temperature):
+    assert config(tmp_path, refine_fraction=0.5, **settings).resolve().response_temperature == temperature
+
+
+@pytest.mark.parametrize(
     ("settings", "start"),
     [
         ({}, 0),
