@@ -464,6 +464,7 @@ def test_auto_picks_nothing_where_all_rows_are_rather_right():
     row_weights.settle(torch.arange(8), torch.full((8,), 0.7))
     refiner = refiner_of(two_responses, row_weights, StubScout(), fraction=None)
     assert refiner.refresh(0) == [] and not refiner.buffer.rows and not refiner.is_due(0)
+    assert not refiner.generator.calls, "a generator is not asked for nothing"
 
 
 def test_nothing_is_due_where_the_lowest_are_wanted_and_no_row_has_been_scored():

@@ -124,7 +124,7 @@ def test_the_error_is_that_of_repeated_draws():
     """Two Gaussians a standard deviation apart: the area is known, and so is how much it varies."""
     generator = np.random.default_rng(0)
     areas, errors, fold_V = [], [], np.arange(40) % 4
-    for _ in range(150):
+    for _ in range(80):
         score_V, score_S = generator.standard_normal(40), generator.standard_normal(60) + 1
         trial = trials_module.judge(
             Measured(1e-3, 4, score_V, np.tile(score_S, (4, 1))), 0.0, score_V, np.tile(score_S, (4, 1)), fold_V
@@ -133,8 +133,8 @@ def test_the_error_is_that_of_repeated_draws():
         assert trial.criterion == pytest.approx(area, abs=1e-9)
         areas.append(trial.criterion)
         errors.append(trial.error)
-    assert np.mean(areas) == pytest.approx(0.760, abs=0.015)
-    assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.15)
+    assert np.mean(areas) == pytest.approx(0.760, abs=0.02)
+    assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.25)
 
 
 def test_folds_are_compared_in_their_own_units():
