@@ -53,6 +53,7 @@ from tamis.config import DEFAULT_RHO
 from tamis.metrics import auroc
 from tamis.randomness import permutation
 from tamis.selection.calibration import expected_auroc
+from tamis.selection.evidence import belief_in, evidence_by_chance
 from tamis.selection.make import make_row_weights
 from tamis.selection.row_weights import RowWeights, ScoutWeights
 from tamis.selection.trials import NUM_FOLDS, Measured, Trial, calibrate, choose, judge
@@ -246,25 +247,26 @@ def fold_of_rows(num_validation: int, seed: int) -> Tensor:
     return permutation(num_validation, seed, epoch=0, level=1) % NUM_FOLDS
 
 
-def try_scouts(method: Method, world: World, seed: int, sample: Tensor) -> tuple[Trial, int]:
-    """The trial with the strongest evidence, and the iterations that all have taken."""
+def try_scouts(method: Method, world: World, seed: int, sample: Tensor) -> tuple[Trial, float, int]:
+    """The trial with the strongest evidence, the belief in it, and the iterations that all have taken."""
     fold_V, trials, num_steps = fold_of_rows(len(world.validation[1]), seed).numpy(), [], 0
     for rate in method.scout_learning_rates:
         found, taken = measure(method, world, seed, rate, sample)
         trials += [judge(measured, 0.0, measured.loss_V, measured.loss_KS, fold_V) for measured in found]
         num_steps += taken
-    return choose(trials), num_steps
+    best, by_chance = choose(trials), evidence_by_chance([trial.comparison for trial in trials], fold_V, seed)
+    return best, belief_in(best.evidence, by_chance), num_steps
 
 
 def send_scout(row_weights: ScoutWeights, method: Method, world: World, seed: int) -> tuple[dict[str, Any], int]:
     """Settle the row weights as `tamis.selection.trials.send_scout` does; what was found, and the iterations taken."""
     images, labels = world.train
     sample = permutation(len(labels), seed, epoch=0, level=0)[:SAMPLE_SIZE].sort().values
-    best, num_steps = try_scouts(method, world, seed, sample)
+    best, belief, num_steps = try_scouts(method, world, seed, sample)
     rows_V = torch.arange(len(world.validation[1]))
     (model,) = scouts(rows_V, world, seed, best.learning_rate, [best.num_steps])
     score_N = as_array(model.losses(images, labels))
-    calibration = calibrate(score_N, best, sample.numpy(), seed)
+    calibration = calibrate(score_N, best, sample.numpy(), belief, seed)
     p_right_N = calibration.p_right(score_N)
     if calibration.is_believed:
         row_weights.settle(torch.arange(len(labels)), torch.from_numpy(p_right_N))

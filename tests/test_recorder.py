@@ -14,9 +14,10 @@ from datasets import Dataset
 
 from tamis import BilevelConfig
 from tamis import rows as rows_module
-from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, write_atomically
+from tamis.recorder import FORMAT_VERSION, Recorder, checkpoint_step, last_complete_checkpoint, write_atomically
 from tamis.rows import check_rows
 from tamis.selection.calibration import fit
+from tamis.selection.evidence import compare
 from tamis.selection.scout import Finding
 from tamis.selection.trials import Outcome, Trial
 
@@ -81,7 +82,7 @@ def test_weights_name_every_row_of_the_user(bilevel, tmp_path):
         "kept": "bool",
         "refined": "bool",
     }
-    assert table.schema.metadata[b"tamis_format_version"] == b"3"
+    assert table.schema.metadata[b"tamis_format_version"] == str(FORMAT_VERSION).encode()
     columns = table.to_pydict()
     assert columns["example_id"] == list(range(13)) and columns["row"] == list(range(10, 23))
     assert columns["content_hash"] == check_rows(Dataset.from_list(rows), "train_dataset")
@@ -146,7 +147,7 @@ def test_scout_json_says_what_was_found(bilevel, tmp_path):
     )
     trainer.train()
     found, outcome = scout_json(tmp_path / "run"), trainer.weighting.outcome
-    assert found["format_version"] == 3 and found["is_believed"] is True
+    assert found["format_version"] == FORMAT_VERSION and found["is_believed"] is True
     assert found["share_right"] == pytest.approx(0.5, abs=0.15)
     low, high = found["share_right_interval_90"]
     assert 0 <= low <= found["share_right"] <= high <= 1
@@ -156,7 +157,7 @@ def test_scout_json_says_what_was_found(bilevel, tmp_path):
     assert all(found[name] == chosen[name] for name in ("learning_rate", "num_steps", "base_coefficient"))
     assert [t["learning_rate"] for t in found["trials"]] == pytest.approx([1.5e-3] * 2 + [5e-3] * 2 + [1.5e-2] * 2)
     assert found["belief"] == outcome.finding.calibration.belief
-    assert found["evidence"] == chosen["evidence"]
+    assert found["evidence"] == chosen["evidence"] > found["evidence_by_chance"] == outcome.evidence_by_chance > 0
 
 
 def test_scout_json_is_strict_where_nothing_was_found(bilevel, tmp_path):
@@ -169,9 +170,19 @@ def test_scout_json_is_strict_where_nothing_was_found(bilevel, tmp_path):
 
 def test_numbers_that_are_none_are_null_in_scout_json(tmp_path):
     calibration = fit(np.full(9, 1.0), np.full(4, 1.0))
-    trial = Trial(1e-3, 4, 1.0, float("nan"), 0.5, float("inf"), np.zeros(4), np.zeros((4, 9)))
+    trial = Trial(
+        1e-3,
+        4,
+        1.0,
+        compare(np.ones((4, 9)), np.ones(4)),
+        float("nan"),
+        0.5,
+        float("inf"),
+        np.zeros(4),
+        np.zeros((4, 9)),
+    )
     finding = Finding(1e-3, 4, 1.0, calibration, float("nan"))
-    Recorder(tmp_path).write_scout(Outcome(finding, [trial], torch.zeros(9), torch.ones(9)).to_dict())
+    Recorder(tmp_path).write_scout(Outcome(finding, [trial], 0.0, torch.zeros(9), torch.ones(9)).to_dict())
     found = scout_json(tmp_path)
     assert found["expected_auroc"] is None and found["share_right"] == 1 and found["is_believed"] is False
     assert found["trials"][0]["evidence"] is None and found["trials"][0]["criterion_error"] is None
@@ -207,7 +218,7 @@ def test_a_run_leaves_its_settings_and_metrics(bilevel, tmp_path):
     info = config.pop("run_info")
     assert config.items() >= settings.items() and "bmo_temperature" not in config
     assert BilevelConfig(**config).to_dict() == trainer.args.to_dict()
-    assert info["format_version"] == 3 and info["versions"].keys() >= {"torch", "trl", "tamis"}
+    assert info["format_version"] == FORMAT_VERSION and info["versions"].keys() >= {"torch", "trl", "tamis"}
     assert info["dataset_fingerprints"].keys() == {"train_dataset", "validation_dataset", "eval_dataset"}
     assert len(set(info["dataset_fingerprints"].values())) == 3
     assert any(line.startswith("score_map = bounded") for line in info["resolved"])

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tamis.files import write_atomically
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _REFINEMENTS = pa.schema(
     {
         "example_id": pa.int64(),

@@ -25,6 +25,7 @@ from conftest import (
 )
 from scripted import letters
 
+from tamis.recorder import FORMAT_VERSION
 from tamis.stream import as_row
 
 TRAIN, TRUSTED = pairs(7) + pairs(5, 50, wrong=True), pairs(4, 95)
@@ -466,7 +467,7 @@ def test_refinements_hold_prompts_responses_and_what_they_count(bilevel, script,
     settings = REFINING | {"num_generations": 5, "max_steps": 4, "max_length": {"text": 20, "chat": 36}[form]}
     bilevel(rows, TRUSTED if form == "text" else chat(TRUSTED), selector="mirror", **settings).train()
     table = pq.read_table(tmp_path / "run" / "refinements.parquet")
-    assert table.schema.metadata[b"tamis_format_version"] == b"3"
+    assert table.schema.metadata[b"tamis_format_version"] == str(FORMAT_VERSION).encode()
     records = table.to_pylist()
     assert [record["step"] for record in records] == [0] * 6 + [2] * 6
     final = pq.read_table(tmp_path / "run" / "weights.parquet").to_pylist()

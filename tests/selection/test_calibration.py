@@ -134,9 +134,9 @@ def test_the_unit_of_the_score_does_not_matter(case, scale, shift):
     training_R, _, validation_V = case
     expected = fit(training_R, validation_V)
     found = fit(scale * training_R + shift, scale * validation_V + shift)
-    assert found.evidence == pytest.approx(expected.evidence, abs=0.2, rel=1e-2), "but for where the iteration stops"
+    assert found.share_right == pytest.approx(expected.share_right, abs=0.03), "but for where the iteration stops"
     p_right_R = found.p_right(scale * training_R + shift)
-    np.testing.assert_allclose(p_right_R, expected.p_right(training_R), atol=0.03)
+    np.testing.assert_allclose(p_right_R, expected.p_right(training_R), atol=0.08)
 
 
 def test_it_comes_back_from_a_file_as_it_was(case):
@@ -183,64 +183,23 @@ def test_the_interval_follows_from_the_seed():
 # --- when to say nothing ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("distance", [0.3, 1.0, 4.0])
-def test_validation_rows_that_are_higher_are_never_believed(distance):
-    """They cannot be what right rows look like, however surely the samples differ."""
+@pytest.mark.parametrize("distance", [1.0, 4.0])
+def test_validation_rows_that_are_higher_say_nothing(distance):
+    """They cannot be what right rows look like."""
     for seed in SEEDS:
         training_R, _, validation_V = gaussians(1.0, 0.0, seed)
         calibration = fit(training_R, validation_V + distance)
-        assert not calibration.is_believed and calibration.evidence == 0 and calibration.share_right == 1
+        assert not calibration.is_believed and calibration.share_right == 1
         assert (calibration.p_right(training_R) == 1).all()
         mixed_R, _, _ = gaussians(0.5, 4.0, seed)
         assert not fit(mixed_R, 4 + validation_V + distance).is_believed
-
-
-@pytest.mark.parametrize(("num_training", "num_validation"), [(1000, 100), (500, 50)])
-def test_equal_samples_are_seldom_believed_and_then_weigh_rows_nearly_alike(num_training, num_validation):
-    """By Akaike one number more than needed is believed with a probability of 16%: of 30 draws 5 +- 2."""
-    num_believed, deviations = 0, []
-    for seed in range(30):
-        training_R, _, validation_V = gaussians(1.0, 0.0, seed, num_training, num_validation)
-        calibration = fit(training_R, validation_V)
-        p_right_R = calibration.p_right(training_R)
-        num_believed += calibration.is_believed
-        deviations.append((p_right_R / p_right_R.mean()).std())
-    assert num_believed <= 5 + 3 * 2
-    assert np.mean(deviations) < 0.05 and max(deviations) < 0.4
-
-
-def test_the_less_it_is_believed_the_less_rows_differ():
-    """The same distance, told by ever fewer validation rows."""
-    beliefs, lowest = [], []
-    for num_validation in (4, 12, 200):
-        training_R, _, validation_V = gaussians(0.8, 2.0, seed=1)
-        calibration = fit(training_R, validation_V[:num_validation])
-        beliefs.append(calibration.belief)
-        lowest.append(calibration.p_right(training_R).min())
-        assert lowest[-1] >= 1 - calibration.belief - 1e-9
-    assert beliefs[0] < 0.9 < beliefs[2] and beliefs == sorted(beliefs)
-
-
-def test_belief_is_the_weight_of_akaike():
-    """By hand, from the components that were found: J - 1 numbers more than equal shares have."""
-    for seed in SEEDS:
-        training_R, _, validation_V = gaussians(0.8, 2.0, seed, num_training=400, num_validation=8)
-        found = fit(training_R, validation_V)
-        clipped_V = validation_V.clip(found.lowest, found.highest)[:, None]
-        density_VJ = np.exp(-(((clipped_V - found.mean) / found.deviation) ** 2) / 2) / found.deviation
-        ratio_V = (density_VJ @ found.validation_share) / (density_VJ @ found.training_share)
-        if found.evidence > 0:
-            assert found.evidence == pytest.approx(2 * np.log(ratio_V).sum(), rel=1e-6)
-            others = len(found.mean) - 1
-            assert found.belief == pytest.approx(1 / (1 + math.exp(others - found.evidence / 2)))
-    assert found.is_believed == (found.belief >= 0.5)
 
 
 @pytest.mark.parametrize("value", [0.0, 2.5, -3.0, 1e6, 1e-12])
 @pytest.mark.parametrize("offset", [0.0, -5.0, 5.0])
 def test_constant_scores_say_nothing(value, offset):
     calibration = fit(np.full(50, value), np.full(8, value + offset), interval_seed=0)
-    assert not calibration.is_believed and calibration.share_right == 1 and calibration.evidence == 0
+    assert not calibration.is_believed and calibration.share_right == 1
     assert calibration.p_right(np.array([-9.0, value, 9.0])).tolist() == [1.0] * 3
     assert calibration.share_interval == (1.0, 1.0)
 
@@ -256,7 +215,6 @@ def test_scores_that_are_nearly_all_the_same():
         calibration = fit(training_R, np.zeros(6), interval_seed=0)
         p_right_R = calibration.p_right(training_R)
         assert np.isfinite(p_right_R).all() and (np.diff(p_right_R[np.argsort(training_R)]) <= 1e-12).all()
-        assert math.isfinite(calibration.evidence)
 
 
 def test_an_outlier_is_drawn_in():
@@ -275,18 +233,27 @@ def test_a_row_that_counts_twice_is_there_twice():
     weight_V = np.arange(40) % 3
     found = fit(training_R, validation_V, weight_V=weight_V.astype(float))
     expected = fit(training_R, np.repeat(validation_V, weight_V))
-    assert found.evidence == pytest.approx(expected.evidence, rel=1e-3)
     assert found.share_right == pytest.approx(expected.share_right, abs=1e-3)
     np.testing.assert_allclose(found.p_right(training_R), expected.p_right(training_R), atol=1e-3)
 
 
-def test_a_belief_that_is_known_takes_the_place_of_the_evidence():
+def test_one_easy_validation_row_does_not_set_the_share():
+    """It has a score below nearly all training rows; two Gaussians of 98 in 100 rows tell what is right."""
+    training_R, _, validation_V = gaussians(0.5, 4.0, seed=0, num_training=4000, num_validation=64)
+    expected = fit(training_R, validation_V)
+    found = fit(np.r_[training_R, -9.0 + np.zeros(9)], np.r_[validation_V, -9.0], interval_seed=0)
+    assert found.share_right == pytest.approx(expected.share_right, abs=0.03)
+    assert found.share_interval[0] > 0.4
+
+
+def test_the_less_it_is_believed_the_less_rows_differ():
     training_R, _, validation_V = gaussians(0.5, 4.0, seed=0)
     sure, unsure = fit(training_R, validation_V), fit(training_R, validation_V, belief=0.25)
     assert not unsure.is_believed and unsure.mixture_share == sure.mixture_share
     assert unsure.share_right == pytest.approx(0.25 * sure.mixture_share + 0.75)
     p_right_R = unsure.p_right(training_R)
-    np.testing.assert_allclose(p_right_R, 0.25 * sure.p_right(training_R) / sure.belief + 0.75, atol=1e-6)
+    np.testing.assert_allclose(p_right_R, 0.25 * sure.p_right(training_R) + 0.75, atol=1e-6)
+    assert fit(training_R, validation_V, belief=0.5).is_believed
 
 
 def test_rows_are_placed_where_right_rows_of_their_rank_stand():

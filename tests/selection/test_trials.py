@@ -15,6 +15,7 @@ from tamis.metrics import auroc
 from tamis.randomness import permutation
 from tamis.selection import trials as trials_module
 from tamis.selection.calibration import Calibration, expected_auroc, fit, placed
+from tamis.selection.evidence import belief_in, compare
 from tamis.selection.scout import Finding, descend, put_back
 from tamis.selection.trials import Measured, Outcome, Trial, choose, describe, run_trials, send_scout
 
@@ -80,7 +81,7 @@ def test_the_evidence_by_hand(bilevel):
     for trial in found:
         z_V, z_R, rank_V = np.empty(12), [], np.empty(12)
         for unseen in folds:
-            seen = torch.cat([fold for fold in folds if fold is not unseen])
+            seen = torch.cat([fold for fold in folds if fold is not unseen]).sort().values
             with put_back(trainer.model):
                 how = {"learning_rate": 1e-2, "num_steps": [trial.num_steps * 9 // 12], "title": ""}
                 list(descend(trainer.model, trainer.batches, ids_V[seen], settings, **how))
@@ -91,7 +92,7 @@ def test_the_evidence_by_hand(bilevel):
             for i in unseen.tolist():
                 z_V[i] = (loss_V[i].item() - center) / scale
                 rank_V[i] = (loss_R < loss_V[i]).double().mean()
-        evidence = fit(np.concatenate(z_R), z_V).evidence
+        evidence = compare(np.stack(z_R), z_V).evidence
         assert trial.evidence == pytest.approx(evidence, rel=2e-3) and evidence > 1
         np.testing.assert_allclose(trial.rank_V, rank_V, atol=1 / 20)
         assert trial.rank_VS.shape == (12, 11)
@@ -156,9 +157,16 @@ def test_folds_are_compared_in_their_own_units():
 # --- the best one -----------------------------------------------------------------------------------------------------
 
 
+NOTHING = compare(np.zeros((4, 9)), np.zeros(4))
+
+
 def trial_of(evidence: float, **values) -> Trial:
     defaults = {"learning_rate": 1e-3, "num_steps": 4, "base_coefficient": 1.0, "criterion": 0.7, "error": 0.05}
-    return Trial(**defaults | {"rank_V": np.zeros(4), "rank_VS": np.zeros((4, 9)), "evidence": evidence} | values)
+    return Trial(
+        **defaults
+        | {"rank_V": np.zeros(4), "rank_VS": np.zeros((4, 9)), "evidence": evidence, "comparison": NOTHING}
+        | values
+    )
 
 
 def test_the_strongest_evidence_is_chosen():
@@ -183,9 +191,11 @@ def test_the_scout_that_is_sent_is_the_best_of_the_trials(bilevel):
         loss_R = losses_one_by_one(trainer.model, trainer.train_dataset)
     torch.testing.assert_close(outcome.loss_R, loss_R, atol=1e-4, rtol=1e-4)
     score_R = (outcome.loss_R - best.base_coefficient * base_R).double().numpy()
+    belief = belief_in(best.evidence, outcome.evidence_by_chance)
+    assert belief > 0.99
     first = fit(score_R, np.quantile(score_R, best.rank_V))
     scores, weights = placed(best.rank_V, best.rank_VS, score_R, first.p_right(score_R))
-    calibration = fit(score_R, scores, weight_V=weights, belief=first.belief)
+    calibration = fit(score_R, scores, weight_V=weights, belief=belief)
     torch.testing.assert_close(
         outcome.p_right_R, torch.from_numpy(calibration.p_right(score_R)).float(), atol=1e-3, rtol=0
     )
@@ -245,7 +255,7 @@ UNSURE = dataclasses.replace(SURE, belief=0.2)
 def lines_of(calibration: Calibration, *, auroc=0.987, evidence=(21.5, 3.25), num_validation=20, refines=False):
     finding = Finding(0.0015, 250, 1.0, calibration, auroc)
     trials = [trial_of(e, learning_rate=0.0015, num_steps=250, criterion=0.812, error=0.031) for e in evidence]
-    outcome = Outcome(finding, trials, torch.zeros(3), torch.zeros(3))
+    outcome = Outcome(finding, trials, 1.75, torch.zeros(3), torch.zeros(3))
     return describe(outcome, num_validation, refines)
 
 
@@ -255,18 +265,24 @@ def test_what_was_found_is_said():
     for part in (
         "learning rate 0.0015, 250 steps",
         "their loss over that of the base model",
-        "of 2 trials (21.5, the next 3.2)",
+        "of 2 trials (21.5, the next 3.2; by chance 1.8)",
         "0.812 +- 0.031",
     ):
         assert part in how
     low, high = SURE.share_interval
-    assert f"about 50% of the training rows are right ({low:.0%} to {high:.0%})" in what
+    assert SURE.share_right == pytest.approx(0.5, abs=0.05)
+    assert f"about {SURE.share_right:.0%} of the training rows are right ({low:.0%} to {high:.0%})" in what
     assert "with probability 0.99" in what
 
 
 def test_what_is_not_known_is_not_said():
     (_, how), (_, what) = lines_of(SURE, auroc=math.nan, evidence=(21.5,))
-    assert "of 1 trials (21.5)" in how and "next" not in how and "probability" not in what and "nan" not in what
+    assert (
+        "of 1 trials (21.5; by chance 1.8)" in how
+        and "next" not in how
+        and "probability" not in what
+        and "nan" not in what
+    )
 
 
 def test_doubt_is_a_warning_with_a_remedy():

@@ -2,8 +2,8 @@
 
 The validation rows are cut into folds. For every learning rate a scout descends the other folds, and at each length is
 measured on its own fold and on a sample of the training rows. Each trial (rate, length, with or without the loss of
-the base model) is then judged by the evidence that its unseen validation rows are not drawn from the training rows: the
-log-likelihood ratio of `tamis.selection.calibration`. The strongest is sent; no label is needed.
+the base model) is then judged by the evidence that its unseen validation rows are not drawn from the training rows
+(`tamis.selection.evidence`). The strongest is sent; no label is needed.
 The scout that is sent descends all validation rows, and the trial's unseen rows are placed among its scores by their
 rank among the training rows.
 
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 
 from tamis.losses import stop_if_not_finite, trainable_parameters
 from tamis.randomness import permutation, seeded
-from tamis.selection.calibration import Array, Calibration, expected_auroc, fit, placed
+from tamis.selection.calibration import Calibration, expected_auroc, fit, placed
+from tamis.selection.evidence import Comparison, belief_in, compare, evidence_by_chance
+from tamis.selection.mixture import Array
 from tamis.selection.scout import Finding, Scout, ScoutSettings
 
 NUM_FOLDS = 4
 MIN_VALIDATION_ROWS = NUM_FOLDS  # of fewer nothing can be learned about rows that were not seen
 _FEW = 0.02  # share of right rows below which the validation rows are probably of another kind
-_SAMPLE_SIZE = 500  # training rows that every trial measures
+_SAMPLE_SIZE = 250  # training rows that every trial measures
 BASE_COEFFICIENTS = (1.0, 0.0)
 
 
@@ -55,7 +57,7 @@ class Trial:
 
     Attributes:
         learning_rate, num_steps, base_coefficient: see `tamis.selection.scout.Finding`.
-        evidence: see `tamis.selection.calibration.Calibration`.
+        comparison, evidence: of its training rows and unseen validation rows.
         criterion: probability that a training row has a higher score than an unseen validation row.
         error: its standard error (DeLong et al. 1988).
         rank_V: share of the sampled training rows with a lower score than each unseen validation row.
@@ -65,6 +67,7 @@ class Trial:
     learning_rate: float
     num_steps: int
     base_coefficient: float
+    comparison: Comparison
     evidence: float
     criterion: float
     error: float
@@ -77,12 +80,14 @@ class Outcome:
     """What scouting has come to: the chosen scout, all trials, and the training rows (R) as it sees them.
 
     Attributes:
+        evidence_by_chance: what the strongest of as many trials would have if the validation rows were training rows.
         loss_R: by the scout, nats per token, float32.
         p_right_R: probability of being like the validation rows, float32.
     """
 
     finding: Finding
     trials: list[Trial]
+    evidence_by_chance: float
     loss_R: Tensor
     p_right_R: Tensor
 
@@ -98,6 +103,7 @@ class Outcome:
             "num_steps": self.finding.num_steps,
             "base_coefficient": self.finding.base_coefficient,
             "evidence": _known(choose(self.trials).evidence),
+            "evidence_by_chance": self.evidence_by_chance,
             "belief": calibration.belief,
             "trials": [
                 {
@@ -147,10 +153,12 @@ def send_scout(
                 scout.parameters = trainable_parameters(scout.model)
     score_R = (loss_R.double() - best.base_coefficient * base_R.double()).numpy()
     stop_if_not_finite(torch.from_numpy(score_R), name_of, step=0)
-    calibration = calibrate(score_R, best, _sample(train_dataset, settings.seed).numpy(), settings.seed)
+    by_chance = evidence_by_chance([trial.comparison for trial in trials], _folds(len(ids_V), settings), settings.seed)
+    sample, belief = _sample(train_dataset, settings.seed).numpy(), belief_in(best.evidence, by_chance)
+    calibration = calibrate(score_R, best, sample, belief, settings.seed)
     p_right_R = calibration.p_right(score_R)
     scout.finding = _finding(best, calibration, expected_auroc(p_right_R, score_R))
-    return Outcome(scout.finding, trials, loss_R, torch.from_numpy(p_right_R).float())
+    return Outcome(scout.finding, trials, by_chance, loss_R, torch.from_numpy(p_right_R).float())
 
 
 def run_trials(
@@ -163,17 +171,14 @@ def run_trials(
 ) -> list[Trial]:
     """All trials of the settings; see the module's docstring, and `send_scout` for the arguments."""
     num_validation = len(validation_dataset)
-    folds = permutation(num_validation, settings.seed, epoch=0, level=1).tensor_split(NUM_FOLDS)
+    fold_V = _folds(num_validation, settings)
     sample = _sample(train_dataset, settings.seed)
     training_rows = train_dataset.select(sample.tolist())
     base_V, base_S = _array(scout.base_losses(validation_dataset)), _array(scout.base_losses(training_rows))
     stop_if_not_finite(torch.from_numpy(base_S), lambda k: name_of(int(sample[k])), step=0)
-    fold_V = np.empty(num_validation, dtype=np.int64)
-    for k, unseen in enumerate(folds):
-        fold_V[unseen.numpy()] = k
     trials = []
     for rate in settings.learning_rates:
-        for measured in _measure(scout, model, validation_dataset, training_rows, folds, settings, rate):
+        for measured in _measure(scout, model, validation_dataset, training_rows, fold_V, settings, rate):
             for coefficient in BASE_COEFFICIENTS:
                 score_V = measured.loss_V - coefficient * base_V
                 score_KS = measured.loss_KS - coefficient * base_S
@@ -192,19 +197,28 @@ def _sample(train_dataset: Dataset, seed: int) -> Tensor:
     return permutation(len(train_dataset), seed, epoch=0, level=0)[:_SAMPLE_SIZE].sort().values
 
 
-def calibrate(score_R: Array, trial: Trial, sample: NDArray[np.int64], seed: int) -> Calibration:
+def _folds(num_validation: int, settings: ScoutSettings) -> NDArray[np.int64]:
+    """The fold of each validation row."""
+    fold_V = np.empty(num_validation, dtype=np.int64)
+    for k, unseen in enumerate(permutation(num_validation, settings.seed, epoch=0, level=1).tensor_split(NUM_FOLDS)):
+        fold_V[unseen.numpy()] = k
+    return fold_V
+
+
+def calibrate(score_R: Array, trial: Trial, sample: NDArray[np.int64], belief: float, seed: int) -> Calibration:
     """Of the final scout: first by rank, then with the unseen validation rows where right rows of their rank stand.
 
     Args:
         score_R: of all training rows by the final scout.
         trial: the chosen one.
         sample: places in ``score_R`` of the S training rows that the trial has measured.
+        belief: see `tamis.selection.evidence.belief_in`.
         seed: of the interval.
     """
     first = fit(score_R, np.quantile(score_R, trial.rank_V))
     score_S = score_R[sample]
     scores, weights = placed(trial.rank_V, trial.rank_VS, score_S, first.p_right(score_S))
-    return fit(score_R, scores, weight_V=weights, belief=first.belief, interval_seed=seed)
+    return fit(score_R, scores, weight_V=weights, belief=belief, interval_seed=seed)
 
 
 def _measure(
@@ -212,7 +226,7 @@ def _measure(
     model: nn.Module,
     validation_dataset: Dataset,
     training_rows: Dataset,
-    folds: Sequence[Tensor],
+    fold_V: NDArray[np.int64],
     settings: ScoutSettings,
     rate: float,
 ) -> list[Measured]:
@@ -221,15 +235,15 @@ def _measure(
     marks = settings.num_steps
     loss_V = {mark: np.empty(len(ids_V)) for mark in marks}
     loss_KS: dict[int, list[Array]] = {mark: [] for mark in marks}
-    for k, unseen in enumerate(folds):
-        seen = torch.cat([fold for fold in folds if fold is not unseen])
-        unseen_rows = validation_dataset.select(unseen.tolist())
+    for k in range(NUM_FOLDS):
+        (seen,), (unseen,) = np.nonzero(fold_V != k), np.nonzero(fold_V == k)
+        unseen_rows = validation_dataset.select(unseen)
         # The same passes over the validation rows as the scout of all of them, not the same steps.
         num_steps = [max(round(mark * len(seen) / len(ids_V)), i + 1) for i, mark in enumerate(marks)]
-        title = f"trying scouts, rate {rate:g}, fold {k + 1}/{len(folds)}"
-        with scout.descent(model, ids_V[seen], settings, rate, num_steps, title) as steps:
+        title = f"trying scouts, rate {rate:g}, fold {k + 1}/{NUM_FOLDS}"
+        with scout.descent(model, ids_V[torch.from_numpy(seen)], settings, rate, num_steps, title) as steps:
             for mark, _ in zip(marks, steps, strict=True):
-                loss_V[mark][unseen.numpy()] = _array(scout.present_losses(unseen_rows))
+                loss_V[mark][unseen] = _array(scout.present_losses(unseen_rows))
                 loss_KS[mark].append(_array(scout.present_losses(training_rows)))
     return [Measured(rate, mark, loss_V[mark], np.stack(loss_KS[mark])) for mark in marks]
 
@@ -249,12 +263,14 @@ def judge(measured: Measured, coefficient: float, score_V: Array, score_KS: Arra
     lower_VS = (z_KS[fold_V] < z_V[:, None]) + 0.5 * (z_KS[fold_V] == z_V[:, None])
     rank_V, higher_S = lower_VS.mean(axis=1), 1 - lower_VS.mean(axis=0)
     error = math.sqrt(rank_V.var(ddof=1) / len(rank_V) + higher_S.var() / max(len(higher_S) - 1, 1))
+    comparison = compare(z_KS, z_V)
     rank_KS = z_KS.argsort(axis=1).argsort(axis=1) / z_KS.shape[1]
     return Trial(
         measured.learning_rate,
         measured.num_steps,
         coefficient,
-        evidence=fit(z_KS.ravel(), z_V).evidence,
+        comparison=comparison,
+        evidence=comparison.evidence,
         criterion=1 - float(rank_V.mean()),
         error=error,
         rank_V=rank_V,
@@ -274,7 +290,8 @@ def describe(outcome: Outcome, num_validation: int, is_refined_later: bool) -> l
     how = "loss over that of the base model" if finding.base_coefficient else "loss"
     others = sorted((trial.evidence for trial in outcome.trials if trial is not best), reverse=True)
     reason = f"the strongest evidence of {len(outcome.trials)} trials ({best.evidence:.1f}"
-    reason += f", the next {others[0]:.1f})" if others else ")"
+    reason += f", the next {others[0]:.1f}" if others else ""
+    reason += f"; by chance {outcome.evidence_by_chance:.1f})"
     criterion = f"{best.criterion:.3f} +- {best.error:.3f}"
     lines = [
         (
