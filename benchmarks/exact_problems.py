@@ -169,7 +169,7 @@ def select_mean(
     """Shares of the rows and the model, for ``l_i = (theta - target_i)^2 / 2``: one parameter, rows that disagree.
 
     Args:
-        reference: ``tracked`` (the exact solution of the weighted lower level) or ``zero``.
+        reference: ``tracked`` (the exact solution of the weighted lower level), ``base`` (a model at -1) or ``zero``.
     """
 
     def solve() -> tuple[Array, float, float]:
@@ -179,8 +179,8 @@ def select_mean(
 
     for _ in range(num_steps):
         _, lower, theta = solve()
-        loss_N, reference_N = (theta - target_N) ** 2 / 2, (lower - target_N) ** 2 / 2
-        excess_N = loss_N - reference_N if reference == "tracked" else loss_N
+        loss_N, of_reference = (theta - target_N) ** 2 / 2, {"tracked": lower, "base": -1.0}
+        excess_N = loss_N - (of_reference[reference] - target_N) ** 2 / 2 if reference != "zero" else loss_N
         losses, excess = torch.from_numpy(loss_N).float(), torch.from_numpy(excess_N).float()
         row_weights.update(torch.arange(len(target_N)), losses, excess)
     share_N, _, theta = solve()

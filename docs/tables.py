@@ -1,6 +1,7 @@
 """Write the tables of the documents from committed results: `python docs/tables.py`; nothing in them is typed.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; its results are in `benchmarks/results/NAME.json`.
+Where a benchmark has several tables, `NAME.PART` is one of them.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 from tamis.compare.table import best_variants
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "theory.md")
 BOLD = ("tamis", "tamis, refining")
 
 
@@ -85,6 +87,64 @@ def hypercleaning_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def theory_solutions_table(results: dict[str, Any]) -> str:
+    """One line per method on the separable problem of `benchmarks/theory.py`."""
+    lines = [
+        "| method | weight of useless rows | validation loss | loss of useful rows | model |",
+        "|---|---|---|---|---|",
+    ]
+    for row in _part(results, "solutions"):
+        share = "" if row["useless_share"] is None else _small(row["useless_share"])
+        model = f"({row['theta_0']:.3f}, {row['theta_1']:.3f})"
+        cells = [share, _small(row["validation_loss"]), _small(row["useful_loss"]), model]
+        lines.append(f"| {' | '.join([row['method'], *cells])} |")
+    return "\n".join(lines)
+
+
+def theory_not_separable_table(results: dict[str, Any]) -> str:
+    """One line per problem and method."""
+    lines = ["| problem | method | model | validation loss |", "|---|---|---|---|"]
+    for row in _part(results, "not_separable"):
+        cells = [row["problem"], row["method"], f"{row['theta_0'] + 0.0:.3f}", _small(row["validation_loss"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def theory_posterior_table(results: dict[str, Any]) -> str:
+    """One line per pair of distributions, one column per share of right rows; means over the seeds."""
+    rows = _part(results, "posterior")
+    shares = sorted({row["share_right"] for row in rows})
+    lines = [f"| scores | {' | '.join(f'{share:.0%}' for share in shares)} |", "|---" * (len(shares) + 1) + "|"]
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        cells = []
+        for share in shares:
+            found = [row for row in rows if (row["problem"], row["share_right"]) == (problem, share)]
+            estimate, error = (_mean([row[n] for row in found]) for n in ("estimated_share_right", "posterior_error"))
+            cells.append(f"{estimate:.3f} ({error:.3f})")
+        lines.append(f"| {' | '.join([problem, *cells])} |")
+    return "\n".join(lines)
+
+
+def theory_weights_table(results: dict[str, Any]) -> str:
+    """One line per noise, one column per rule."""
+    rows = _part(results, "weights")
+    rules = [rule for rule in dict.fromkeys(row["method"] for row in rows) if rule != "best"]
+    lines = [f"| mistakes | noise | {' | '.join(rules)} |", "|---" * (len(rules) + 2) + "|"]
+    for mistakes, noise in dict.fromkeys((row["problem"], row["noise"]) for row in rows):
+        found = {r["method"]: r["error"] for r in rows if (r["problem"], r["noise"]) == (mistakes, noise)}
+        lines.append(f"| {mistakes} | {noise:g} | {' | '.join(f'{found[rule]:.2f}' for rule in rules)} |")
+    return "\n".join(lines)
+
+
+def _part(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [row for row in results["rows"] if row["part"] == name]
+
+
+def _small(value: float) -> str:
+    """Three digits, or zero where float64 cannot tell it from that."""
+    return "0" if value < 1e-12 else f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}"
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -103,14 +163,23 @@ def fill(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match.group(1)
-        found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-        makers = {"unlike": unlike_table, "hypercleaning": hypercleaning_table, "demo": demo_table}
+        path = ROOT / "benchmarks" / "results" / f"{name.split('.')[0]}.json"
+        found = json.loads(path.read_text(encoding="utf-8"))
+        makers = {
+            "unlike": unlike_table,
+            "hypercleaning": hypercleaning_table,
+            "demo": demo_table,
+            "theory.solutions": theory_solutions_table,
+            "theory.not_separable": theory_not_separable_table,
+            "theory.posterior": theory_posterior_table,
+            "theory.weights": theory_weights_table,
+        }
         lines = makers.get(name, shares_table)(found)
         return f"<!-- table: {name} -->\n{lines}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: ([\w.]+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+    for document in DOCUMENTS:
         document.write_text(fill(document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -186,15 +186,18 @@ def test_useless_rows_have_weight_where_they_cannot_be_fitted_together():
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
-    [("softmax", {"learning_rate": 0.1}), ("bmo", {"score_map": "softmax", "temperature": 0.02})],
+    ("name", "settings", "reference", "taken"),
+    [
+        ("softmax", {"learning_rate": 0.1}, "zero", 0),
+        ("bmo", {"score_map": "softmax", "temperature": 0.02}, "zero", 0),
+        ("softmax", {"learning_rate": 0.1}, "base", 1),  # the base model is at -1: row 1 improves most on it
+    ],
 )
 @pytest.mark.parametrize("rho", [0.5, 0.1])
-def test_reference_zero_goes_for_the_one_row_that_fits_best(name, settings, rho):
-    share_N, theta = exact.select_mean(
-        np.array([0.0, 1.0]), 0.4, make_row_weights(name, 2, **settings), rho, 300, "zero"
-    )
-    assert share_N[0] > 0.999 and theta == pytest.approx(0.4 * rho, abs=1e-3)
+def test_a_reference_that_does_not_follow_the_weights_leads_to_one_row(name, settings, reference, taken, rho):
+    row_weights = make_row_weights(name, 2, **settings)
+    share_N, theta = exact.select_mean(np.array([0.0, 1.0]), 0.4, row_weights, rho, 300, reference)
+    assert share_N[taken] > 0.999 and theta == pytest.approx(0.4 * rho + taken * (1 - rho), abs=1e-3)
 
 
 def test_weights_of_single_rows_fit_the_noise_of_the_validation_rows():
@@ -258,7 +261,7 @@ def test_the_error_of_a_weighted_gradient_is_that_over_all_ways_to_be_right():
     assert noise.error(share_N, p_N) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("variance", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("variance", [0.001, 1.0, 30.0, 1000.0])
 def test_the_best_weights_are_best_and_a_function_of_the_posterior(variance):
     noise, generator = exact.GradientNoise(variance, agreeing=1.0), np.random.default_rng(0)
     p_N = np.repeat(generator.uniform(size=100), 2)
@@ -285,10 +288,10 @@ def test_the_shape_of_the_best_weights_follows_noise_and_mistakes():
 
 @pytest.mark.parametrize("gap", [1e-3, 1.0, 100.0])
 def test_even_surely_wrong_rows_have_some_weight_at_best(gap):
-    """With known labels: noise / (noise + num_wrong * gap) of a right row's weight. Dropping them is the limit."""
+    """With known labels: s / (s + v + num_wrong * D) of a right row's weight. Dropping them is the limit."""
     p_N = np.array([1.0] * 30 + [0.0] * 20)
-    best_N = exact.GradientNoise(noise=2.0, agreeing=gap).best_shares(p_N)
-    assert best_N[-1] / best_N[0] == pytest.approx(2.0 / (2.0 + 20 * gap), rel=1e-9)
+    best_N = exact.GradientNoise(noise=2.0, agreeing=gap, scattered=0.5).best_shares(p_N)
+    assert best_N[-1] / best_N[0] == pytest.approx(2.0 / (2.0 + 0.5 + 20 * gap), rel=1e-9)
 
 
 @pytest.mark.parametrize("rule", ["p", "p^2", "cut", "all alike"])
