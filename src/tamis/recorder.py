@@ -15,9 +15,11 @@ exception: it grows by whole lines and is cut back to the step of the checkpoint
 
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from tamis.files import write_atomically
 
 FORMAT_VERSION = 4
+SCOUT_REPORT = "scout.json"
 _REFINEMENTS = pa.schema(
     {
         "example_id": pa.int64(),
@@ -118,7 +121,14 @@ class Recorder:
     def write_scout(self, found: dict[str, Any]) -> None:
         """Write ``scout.json``; ``found``: see `tamis.selection.trials.Outcome.to_dict`."""
         text = json.dumps({"format_version": FORMAT_VERSION, **found}, indent=1, allow_nan=False)
-        write_atomically(self.output_dir / "scout.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(self.output_dir / SCOUT_REPORT, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def take_over(self, earlier: Path, *names: str) -> None:
+        """Copy files of the run that this one goes on from, where it is in another folder and has them."""
+        for name in names:
+            source, target = earlier / name, self.output_dir / name
+            if source.is_file() and source.resolve() != target.resolve():
+                write_atomically(target, partial(shutil.copyfile, source))
 
     def write_weights(self, row_table: pa.Table, columns: dict[str, np.ndarray[Any, Any]]) -> None:
         """Write ``weights.parquet``: one row per training row, in order.

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from tamis.bilevel import effective_sample_size, penalty_gap
 from tamis.config import DEFAULT_RHO, BilevelConfig, Resolved
 from tamis.losses import stop_if_not_finite
-from tamis.recorder import Recorder
+from tamis.recorder import SCOUT_REPORT, Recorder
 from tamis.refining.generation import GenerationError, check_installed, make_generator
 from tamis.refining.refiner import Refiner, make_refiner
 from tamis.rows import row_name
@@ -166,13 +166,17 @@ class RowWeighting:
         if self.scout and isinstance(self.row_weights, ScoutWeights):
             if resume is None:
                 self._send_scout(self.scout, self.row_weights, model)
-            elif self.refiner and self._can_scout:
-                earlier = Path(resume).parent
-                self.scout.load(earlier / SCOUT_FILE)
-                if self.recorder and earlier.resolve() != self.recorder.output_dir.resolve():
-                    self.scout.save(self.recorder.output_dir / SCOUT_FILE)  # the run may be resumed from here
+            else:
+                self._take_over(self.scout, Path(resume).parent)
         if not self.refiner:
             self.scout = None  # no more rows to score: its parameters need not be kept
+
+    def _take_over(self, scout: Scout, earlier: Path) -> None:
+        """The scout of the run that this one goes on from; it may be resumed from here too."""
+        if self.refiner and self._can_scout:
+            scout.load(earlier / SCOUT_FILE)
+        if self.recorder:
+            self.recorder.take_over(earlier, SCOUT_REPORT, SCOUT_FILE)
 
     @property
     def _can_scout(self) -> bool:

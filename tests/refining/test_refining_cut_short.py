@@ -151,10 +151,11 @@ def test_resuming_needs_the_scout(run, tmp_path):
 def test_the_scout_goes_along_to_another_folder(run, tmp_path):
     with pytest.raises(Killed):
         run("first", kill=3).train()
-    scout = (tmp_path / "first" / "scout.safetensors").read_bytes()
+    files = ("scout.safetensors", "scout.json")
+    scout = [(tmp_path / "first" / name).read_bytes() for name in files]
     with pytest.raises(Killed):
         run("second", kill=5).train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
-    assert (tmp_path / "second" / "scout.safetensors").read_bytes() == scout
+    assert [(tmp_path / "second" / name).read_bytes() for name in files] == scout
     resumed = run("second")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
