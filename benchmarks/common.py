@@ -1,4 +1,4 @@
-"""What the benchmarks share: where the data are, small models, the command line, tables and `results.json`."""
+"""What the benchmarks share: the command line, data, small models, what tamis thought of rows, and `results.json`."""
 
 import argparse
 import json
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig
 
+from tamis.compare.task import Task, learned_weights, run_dir
 from tamis.demo.base_model import PlainTrainer
 from tamis.files import write_atomically
 
@@ -99,7 +101,40 @@ def tamis_train(
     return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("eval_")}
 
 
-def finish(arguments: argparse.Namespace, rows: list[dict[str, Any]], aggregates: dict[str, list[float]]) -> None:
+def fitted_with_labels(scores: np.ndarray, is_right: np.ndarray) -> np.ndarray:
+    """Probabilities by a logistic regression of the truth on the scores: Newton's method, a touch of ridge."""
+    features = np.stack([np.ones_like(scores), scores / max(scores.std(), 1e-9)], axis=1)
+    weights = np.zeros(2)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-(features @ weights).clip(-30, 30)))
+        hessian = (features * (p * (1 - p))[:, None]).T @ features + 1e-3 * np.eye(2)
+        weights -= np.linalg.solve(hessian, features.T @ (p - is_right) + 1e-3 * weights)
+    return 1 / (1 + np.exp(-(features @ weights).clip(-30, 30)))
+
+
+def estimates(folder: Path, task: Task) -> dict[str, float | None]:
+    """What tamis thought of the rows, and the truth; None for shares of no rows."""
+    weights, is_right = learned_weights(folder, "tamis", task)
+    found = json.loads((run_dir(folder, "tamis") / "scout.json").read_text(encoding="utf-8"))
+    table = pq.read_table(run_dir(folder, "tamis") / "weights.parquet", columns=["score", "kept"])
+    scores, kept = table["score"].to_numpy().astype(float), table["kept"].to_numpy()
+    by_labels = fitted_with_labels(scores, is_right)
+    is_believed = found["is_believed"]
+    return {
+        "share_right": float(is_right.mean()),
+        "estimated_share_right": found["share_right"],
+        "expected_auroc": found["expected_auroc"] if is_believed else None,
+        "is_believed": is_believed,
+        "share_kept": float(kept.mean()),
+        "wrong_among_kept": float((~is_right[kept]).mean()) if kept.any() else None,
+        "weight_on_wrong": float(weights[~is_right].sum() / weights.sum()),
+        "weight_on_wrong_by_labels": float(by_labels[~is_right].sum() / by_labels.sum()),
+    }
+
+
+def finish(
+    arguments: argparse.Namespace, rows: list[dict[str, Any]], aggregates: dict[str, list[float | None]]
+) -> None:
     """Print the rows as a table and write ``results.json``.
 
     Args:

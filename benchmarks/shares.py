@@ -10,51 +10,20 @@ the AUROC that tamis expects, against the truth, the weight that wrong rows get,
 posterior fitted with the labels to the same scores.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
-from common import finish, make_parser
+from common import estimates, finish, make_parser
 
 from tamis.compare.methods import compare_methods
 from tamis.compare.table import format_table
-from tamis.compare.task import Task, learned_weights, run_dir
+from tamis.compare.task import Task
 from tamis.demo.run import SETTINGS
 from tamis.demo.world import make_world, with_wrong_fraction
 
 SCENARIOS = ("half_wrong", "other_operation")
 SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 RHOS = (0.1, 0.3, 0.8)
-
-
-def fitted_with_labels(scores: np.ndarray, is_right: np.ndarray) -> np.ndarray:
-    """Probabilities by a logistic regression of the truth on the scores: Newton's method, a touch of ridge."""
-    features = np.stack([np.ones_like(scores), scores / max(scores.std(), 1e-9)], axis=1)
-    weights = np.zeros(2)
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-(features @ weights).clip(-30, 30)))
-        hessian = (features * (p * (1 - p))[:, None]).T @ features + 1e-3 * np.eye(2)
-        weights -= np.linalg.solve(hessian, features.T @ (p - is_right) + 1e-3 * weights)
-    return 1 / (1 + np.exp(-(features @ weights).clip(-30, 30)))
-
-
-def estimates(folder: Path, task: Task) -> dict[str, float | None]:
-    """What tamis thought of the rows, and the truth."""
-    weights, is_right = learned_weights(folder, "tamis", task)
-    found = json.loads((run_dir(folder, "tamis") / "scout.json").read_text(encoding="utf-8"))
-    scores = pq.read_table(run_dir(folder, "tamis") / "weights.parquet")["score"].to_numpy().astype(float)
-    by_labels = fitted_with_labels(scores, is_right)
-    is_believed = found["is_believed"]
-    return {
-        "share_right": float(is_right.mean()),
-        "estimated_share_right": found["share_right"],
-        "expected_auroc": found["expected_auroc"] if is_believed else None,
-        "is_believed": is_believed,
-        "weight_on_wrong": float(weights[~is_right].sum() / weights.sum()),
-        "weight_on_wrong_by_labels": float(by_labels[~is_right].sum() / by_labels.sum()),
-    }
 
 
 def run_share(task: Task, folder: Path, common: dict[str, Any]) -> list[dict[str, Any]]:
