@@ -9,12 +9,12 @@ import re
 
 from common import DATA
 
-from tasks.pool import NUM_TRUSTED_QUESTIONS, Pool, Question, read_by_halves
+from tasks.pool import NUM_EVAL, NUM_TRAIN, NUM_TRUSTED_QUESTIONS, Pool, Question, read_by_halves
 
 FOLDER = "clinc150"
 
 
-def draw_pool(seed: int, *, num_train: int = 4000, num_eval: int = 500, pretrain_steps: int = 600) -> Pool:
+def draw_pool(seed: int, *, num_train: int = NUM_TRAIN, pretrain_steps: int = 600) -> Pool:
     """The kind of a question is its intent; the more words, the harder."""
     rng = random.Random(seed)
     data = json.loads((DATA / FOLDER / "data_full.json").read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def draw_pool(seed: int, *, num_train: int = 4000, num_eval: int = 500, pretrain
         seed=seed,
         train=train[:num_train],
         trusted=trusted[:NUM_TRUSTED_QUESTIONS],
-        held_out=held_out[:num_eval],
+        held_out=held_out[:NUM_EVAL],
         pretraining=read_by_halves(train[num_train:], rng),
         missing_kind="translate",
         pretrain_steps=pretrain_steps,

@@ -20,7 +20,7 @@ from tamis.demo.run import SETTINGS
 
 # How trusted rows may be chosen: like the held-out rows; without one kind of them; the easiest; a tenth of them wrong.
 TRUSTED = ("fair", "one kind missing", "easier", "a tenth wrong")
-MAX_VALIDATION = 200
+NUM_TRAIN, NUM_EVAL, MAX_VALIDATION = 4000, 1000, 200
 NUM_TRUSTED_QUESTIONS = 4 * MAX_VALIDATION  # enough to choose from
 
 

@@ -9,7 +9,7 @@ import re
 
 from common import DATA
 
-from tasks.pool import NUM_TRUSTED_QUESTIONS, Pool, Question, read_by_halves
+from tasks.pool import NUM_EVAL, NUM_TRAIN, NUM_TRUSTED_QUESTIONS, Pool, Question, read_by_halves
 
 FOLDER = "scan"
 ACTIONS = ("I_WALK", "I_LOOK", "I_RUN", "I_JUMP", "I_TURN_LEFT", "I_TURN_RIGHT")
@@ -37,7 +37,7 @@ def wrong_actions(actions: list[str], others: list[list[str]], rng: random.Rando
     return candidate
 
 
-def draw_pool(seed: int, *, num_train: int = 4000, num_eval: int = 500, pretrain_steps: int = 300) -> Pool:
+def draw_pool(seed: int, *, num_train: int = NUM_TRAIN, pretrain_steps: int = 300) -> Pool:
     """The kind of a question is whether it says `jump`; the more actions, the harder."""
     rng = random.Random(seed)
     train, test = read("train"), read("test")
@@ -57,7 +57,7 @@ def draw_pool(seed: int, *, num_train: int = 4000, num_eval: int = 500, pretrain
         seed=seed,
         train=questions[:num_train],
         trusted=questions[num_train:num_taken],
-        held_out=[ask(*row) for row in rng.sample(test, num_eval)],
+        held_out=[ask(*row) for row in rng.sample(test, NUM_EVAL)],
         pretraining=read_by_halves(questions[num_taken:], rng),
         missing_kind="jump",
         pretrain_steps=pretrain_steps,
