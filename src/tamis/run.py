@@ -57,6 +57,38 @@ class DataArguments:
         return datasets
 
 
+def make_trainer(
+    data: DataArguments,
+    args: BilevelConfig,
+    model_args: ModelConfig,
+    trainer_class: type[BilevelTrainer] = BilevelTrainer,
+) -> BilevelTrainer:
+    """The trainer of a run, with its rows loaded and checked; see `train` for arguments and errors."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("no model: give --model_name_or_path")
+    if data.weight_column is not None and args.selector != "column":
+        warn_without_effect(["weight_column"], {f"selector '{args.selector}' does not read it": ["weight_column"]})
+    datasets = data.load()
+
+    given = args.model_init_kwargs
+    assert not isinstance(given, str), "a JSON string is parsed by the config"
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(given or {}),
+    }
+    trainer = trainer_class(
+        model_args.model_name_or_path,
+        args,
+        **datasets,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.config_settings = given_fields(data) | args.given_settings | given_fields(model_args)
+    return trainer
+
+
 def train(
     data: DataArguments,
     args: BilevelConfig,
@@ -81,31 +113,10 @@ def train(
             f"{output_dir} holds a run already: choose another --output_dir, or go on with "
             "--resume_from_checkpoint last"
         )
-    if model_args.model_name_or_path is None:
-        raise ValueError("no model: give --model_name_or_path")
-    if data.weight_column is not None and args.selector != "column":
-        warn_without_effect(["weight_column"], {f"selector '{args.selector}' does not read it": ["weight_column"]})
-    datasets = data.load()
-
-    given = args.model_init_kwargs
-    assert not isinstance(given, str), "a JSON string is parsed by the config"
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(given or {}),
-    }
-    trainer = trainer_class(
-        model_args.model_name_or_path,
-        args,
-        **datasets,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.config_settings = given_fields(data) | args.given_settings | given_fields(model_args)
+    trainer = make_trainer(data, args, model_args, trainer_class)
     use_progress(trainer, ProgressCallback("training"))
     trainer.train(resume_from_checkpoint=resume)
-    metrics = trainer.evaluate() if "eval_dataset" in datasets else {}
+    metrics = trainer.evaluate() if data.eval_dataset is not None else {}
     trainer.save_model()
     trainer.create_model_card()
     if args.push_to_hub:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tamis.compare.methods import REFINING, SEAL
+from tamis.compare.methods import REFINING
+from tamis.compare.seal import SEAL
 from tamis.compare.table import best_variants
 from tamis.compare.task import Task, learned_weights, right_responses, run_dir
 from tamis.files import write_atomically

@@ -47,16 +47,24 @@ class Task:
 
 def run_dir(output_dir: Path, method_name: str) -> Path:
     """Where the run of a method is."""
-    return output_dir / "runs" / re.sub(r"[^a-z0-9.]+", "_", method_name.lower()).strip("_")
+    return output_dir / "runs" / slug(method_name)
+
+
+def slug(name: str) -> str:
+    """A name as that of a file."""
+    return re.sub(r"[^a-z0-9.]+", "_", name.lower()).strip("_")
+
+
+def is_right(task: Task) -> np.ndarray:
+    """Whether each training row is right, by its label, which no method sees."""
+    with open(task.train_file, encoding="utf-8") as file:
+        return np.array([json.loads(line)["is_right"] for line in file])
 
 
 def learned_weights(output_dir: Path, method_name: str, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the training rows of a method's run, and whether each row is right."""
     table = pq.read_table(run_dir(output_dir, method_name) / "weights.parquet", columns=["weight"])
-    weights = table["weight"].to_numpy()
-    with open(task.train_file, encoding="utf-8") as file:
-        is_right = np.array([json.loads(line)["is_right"] for line in file])
-    return weights, is_right
+    return table["weight"].to_numpy(), is_right(task)
 
 
 def right_responses(output_dir: Path, method_name: str, task: Task) -> list[dict[str, float]]:
