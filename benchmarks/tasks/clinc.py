@@ -14,7 +14,7 @@ from tasks.pool import NUM_EVAL, NUM_TRAIN, NUM_TRUSTED_QUESTIONS, Pool, Questio
 FOLDER = "clinc150"
 
 
-def draw_pool(seed: int, *, num_train: int = NUM_TRAIN, pretrain_steps: int = 600) -> Pool:
+def draw_pool(seed: int, *, num_train: int = NUM_TRAIN, pretrain_steps: int = 1000) -> Pool:
     """The kind of a question is its intent; the more words, the harder."""
     rng = random.Random(seed)
     data = json.loads((DATA / FOLDER / "data_full.json").read_text(encoding="utf-8"))

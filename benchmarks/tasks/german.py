@@ -5,6 +5,7 @@ from collections import defaultdict
 
 from sigmorphon import LANGUAGES, Row, as_pair, ending, read, wrong_form
 
+from tamis.demo.run import SETTINGS
 from tasks.pool import NUM_EVAL, NUM_TRAIN, NUM_TRUSTED_QUESTIONS, Pool, Question, read_by_halves
 
 FOLDER = "sigmorphon2017"
@@ -29,7 +30,7 @@ def draw_questions(rows: list[Row], language: str, pool: list[Row], rng: random.
 
 
 def draw_pool(seed: int, *, num_train: int = NUM_TRAIN, pretrain_steps: int = 1500) -> Pool:
-    """Trusted sets with one kind missing have no adjectives. The base model has read other languages too."""
+    """Trusted sets with one kind missing have no verbs. The base model has read other languages too."""
     rng = random.Random(seed)
     high = {language: read(f"{language}-train-high") for language in LANGUAGES}
     german = rng.sample(high["german"], len(high["german"]))
@@ -43,6 +44,7 @@ def draw_pool(seed: int, *, num_train: int = NUM_TRAIN, pretrain_steps: int = 15
         trusted=questions[num_train:num_taken],
         held_out=draw_questions(read("german-dev")[:NUM_EVAL], "german", high["german"], rng),
         pretraining=read_by_halves(others + questions[num_taken:], rng),
-        missing_kind="ADJ",
+        missing_kind="V",
         pretrain_steps=pretrain_steps,
+        settings=SETTINGS | {"learning_rate": 2e-3, "max_length": 128},
     )
