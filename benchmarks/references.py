@@ -15,7 +15,7 @@ from common import DATA, finish, make_parser
 from sigmorphon import PRETRAIN_STEPS, make_task
 from sigmorphon import SETTINGS as SIGMORPHON_SETTINGS
 
-from tamis.compare.methods import Method, run_method
+from tamis.compare.runs import Method, run_method
 from tamis.compare.task import Task, learned_weights
 from tamis.demo.run import SETTINGS as DEMO_SETTINGS
 from tamis.demo.world import make_world

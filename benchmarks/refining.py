@@ -65,7 +65,7 @@ def draw(shares: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
                 values = [refresh[name] for refresh in refreshes]
                 axes.plot(steps, values, style, color=colour, label=label if seed == 0 else None)
         right.set(ylim=(0, 1.02), title=scenario)
-        length.set(xlabel="training step")
+        length.set(ylim=(0, 1.1 * max(refresh["length"] for run in runs for refresh in run)), xlabel="training step")
     panels[0][0].set(ylabel="right answers among the generated")
     panels[1][0].set(ylabel="letters of an answer")
     panels[0][0].legend()

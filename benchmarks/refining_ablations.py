@@ -15,7 +15,7 @@ import numpy as np
 from common import finish, make_parser
 from refining import REFINING_SETTINGS
 
-from tamis.compare.methods import Method, run_method
+from tamis.compare.runs import Method, run_method
 from tamis.compare.task import right_responses
 from tamis.demo.run import SETTINGS
 from tamis.demo.world import make_world

@@ -14,7 +14,7 @@ from common import DATA, estimates, finish, make_parser
 from tasks import clinc, scan
 from tasks.pool import make_task
 
-from tamis.compare.methods import Method, run_method
+from tamis.compare.runs import Method, run_method
 
 SCENARIOS = {"scan": scan, "clinc": clinc}
 WRONG_SHARES = {"scan": 0.5, "clinc": 0.39}

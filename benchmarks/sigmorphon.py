@@ -15,9 +15,10 @@ from collections import defaultdict
 from itertools import chain
 from pathlib import Path
 
-from common import DATA, finish, make_parser, skip_without_data
+from common import DATA, estimates, finish, make_parser, skip_without_data
 
-from tamis.compare.methods import SEAL, compare_methods
+from tamis.compare.methods import compare_methods
+from tamis.compare.seal import SEAL
 from tamis.compare.table import TRUSTED_ALONE, best_variants, format_table
 from tamis.compare.task import Task
 from tamis.demo.base_model import build_model, build_tokenizer, pretrain
@@ -147,6 +148,8 @@ def main() -> None:
         task = make_task(folder / "task", seed, pretrain_steps)
         common = SETTINGS | {"seed": seed} | ({"max_steps": 20} if arguments.quick else {})
         rows = compare_methods(task, folder, common, RHOS)
+        (tamis,) = [row for row in rows if row["method"] == "tamis"]
+        tamis |= estimates(folder, task)
         print(f"seed {seed}\n{format_table(rows)}", flush=True)
         all_rows += [row | {"seed": seed} for row in rows]
         shown += best_variants(rows)

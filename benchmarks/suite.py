@@ -7,6 +7,9 @@ their data are not here). `CELLS` is the part of the grid that is run. In all ce
 the oracle the best rho of a grid, and every method the same steps; tasks of one scenario and seed share the base model
 and the held-out rows. A row of `results.json` is a method's run; that of tamis has its estimates beside the truth.
 
+SEAL is run everywhere, the other rivals (`tamis.compare.rivals`) for seed 0 of one cell per scenario: half of the rows
+are wrong there, and the rivals are told so.
+
 What is finished is not made again, so a suite that was stopped goes on where it was. A cell that fails is named at the
 end, its log is `SCENARIO/SEED/log.txt`. `python benchmarks/suite_summary.py` draws the pictures.
 """
@@ -30,12 +33,14 @@ from tasks import clinc, german, scan, strings
 from tasks.pool import TRUSTED, Pool, make_task
 
 from tamis.compare.methods import compare_methods
+from tamis.compare.rivals import ALL_RIVALS
 from tamis.compare.table import format_table
 
 POOLS: dict[str, Callable[..., Pool]] = {name: partial(strings.draw_pool, name) for name in strings.SCENARIOS}
 REAL = {"german": german, "scan": scan, "clinc": clinc}
 POOLS |= {name: module.draw_pool for name, module in REAL.items()}
 RHOS = (0.1, 0.3, 0.8)
+RIVAL_SEEDS = (0,)
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,11 @@ class Cell:
         return f"wrong{self.wrong_share:g}_trusted{self.num_validation}_{self.trusted}".replace(" ", "_")
 
 
+RIVAL_CELLS = [Cell(scenario) for scenario in POOLS]
 CELLS = [
-    *(Cell(scenario) for scenario in POOLS),
-    *(
-        Cell(name, share)
-        for name in ("other operation", "another style", "scan")
-        for share in (0.0, 0.1, 0.3, 0.7, 0.9)
-    ),
-    Cell("irrelevant", 0.9),
+    *RIVAL_CELLS,
+    *(Cell(name, share) for name in ("other operation", "scan") for share in (0.0, 0.1, 0.3, 0.7, 0.9)),
+    *(Cell(name, share) for name in ("another style", "irrelevant") for share in (0.1, 0.9)),
     *(Cell(name, num_validation=size) for name in ("other operation", "german") for size in (16, 200)),
     *(Cell(name, trusted=trusted) for name in ("other operation", "scan") for trusted in TRUSTED[1:]),
 ]
@@ -87,7 +89,9 @@ def run_cell(cell: Cell, pool: Pool, folder: Path, is_quick: bool) -> list[dict[
         task_dir, pool, wrong_share=cell.wrong_share, num_validation=cell.num_validation, trusted=cell.trusted
     )
     common = pool.settings | {"seed": pool.seed, "disable_tqdm": True, "logging_steps": 100}
-    rows = compare_methods(task, task_dir, common | (QUICK_SETTINGS if is_quick else {}), RHOS)
+    common |= QUICK_SETTINGS if is_quick else {}
+    rivals = ALL_RIVALS if cell in RIVAL_CELLS and pool.seed in RIVAL_SEEDS else ()
+    rows = compare_methods(task, task_dir, common, RHOS, rivals=rivals, rival_shares=(1 - cell.wrong_share,))
     for row in rows:
         if row["method"] == "tamis":
             row |= estimates(task_dir, task)

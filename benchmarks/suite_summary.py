@@ -28,7 +28,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class CellResult:
-    """The runs of one cell: exact match by method (of variants the best), one value per seed.
+    """The runs of one cell: exact match by method (of variants the best), one value per seed; NaN where it was not run.
 
     Attributes:
         key: scenario, share of wrong rows, number of trusted rows, how these are chosen.
@@ -52,7 +52,7 @@ class CellResult:
         return float((self.accuracy["oracle (right rows)"] - self.unjudged).mean())
 
     def closures(self, method: str) -> np.ndarray:
-        """Part of the gap that a method closes: their mean over the seeds is the cell's."""
+        """Part of the gap that a method closes: their mean over the seeds, without NaN, is the cell's."""
         return (self.accuracy[method] - self.unjudged) / self.gap
 
     def is_below(self, rival: str) -> bool:
@@ -77,10 +77,9 @@ def group_cells(rows: Rows) -> list[CellResult]:
         runs.setdefault(key, {}).setdefault(row["seed"], []).append(row)
     cells = []
     for key, seeds in runs.items():
-        accuracy: dict[str, list[float]] = {}
-        for found in seeds.values():
-            for row in best_variants(found):
-                accuracy.setdefault(row["group"], []).append(row["test_accuracy"])
+        best = [{row["group"]: row["test_accuracy"] for row in best_variants(found)} for found in seeds.values()]
+        names = dict.fromkeys(name for found in best for name in found)
+        accuracy = {name: [found.get(name, np.nan) for found in best] for name in names}
         tamis = [row for found in seeds.values() for row in found if row["method"] == "tamis"]
         arrays = {name: np.array(values) for name, values in accuracy.items()}
         cells.append(CellResult(key, arrays, tamis[0]["num_eval"], tamis))
@@ -90,10 +89,10 @@ def group_cells(rows: Rows) -> list[CellResult]:
 def aggregate(rows: Rows) -> dict[str, list[float | None]]:
     """The suite in figures.
 
-    ``gap_closure_METHOD``: one value per cell with a gap. ``below_mixing``, ``below_trusted_alone``: 1 for a cell where
-    tamis is (`CellResult.is_below`). All others have one value per run of tamis: absolute errors of the share of right
-    rows and of the AUROC, and 1 where the scout warned (is not believed) or was bad and did not warn; by kind of the
-    trusted rows. Where no row is wrong a warning is no false alarm, and counts by itself.
+    ``gap_closure_METHOD``: one value per cell with a gap where it was run. ``below_mixing``, ``below_trusted_alone``: 1
+    for a cell where tamis is (`CellResult.is_below`). All others have one value per run of tamis: absolute errors of
+    the share of right rows and of the AUROC, and 1 where the scout warned (is not believed) or was bad and did not
+    warn; by kind of the trusted rows. Where no row is wrong a warning is no false alarm, and counts by itself.
     """
     figures: dict[str, list[float | None]] = {}
 
@@ -103,7 +102,7 @@ def aggregate(rows: Rows) -> dict[str, list[float | None]]:
     for cell in group_cells(rows):
         if cell.gap >= MIN_GAP:
             for method in cell.accuracy:
-                add(f"gap_closure_{method}", cell.closures(method).mean())
+                add(f"gap_closure_{method}", np.nanmean(cell.closures(method)))
         add("below_mixing", cell.is_below(MIXING))
         add("below_trusted_alone", cell.is_below(TRUSTED_ALONE))
         *_, trusted = cell.key
@@ -140,7 +139,7 @@ def draw_suite(rows: Rows, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.34 * len(cells)), layout="constrained")
     lowest, places = -1.0, np.arange(len(cells))
     for i, name in enumerate(rivals):
-        values = [(place, cell.closures(name).mean()) for place, cell in zip(places, cells, strict=True)
+        values = [(place, np.nanmean(cell.closures(name))) for place, cell in zip(places, cells, strict=True)
                   if name in cell.accuracy]  # fmt: skip
         y, x = np.array(values).T
         axes.scatter(x.clip(lowest), y, s=26, marker="oDs^vPX"[i % 7], color=plt.get_cmap("tab10")(i), alpha=0.75,

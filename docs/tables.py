@@ -15,6 +15,13 @@ from tamis.compare.table import best_variants
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "theory.md")
 BOLD = ("tamis", "tamis, refining")
+ESTIMATES = {
+    "shares_half_wrong": "strings, one common mistake",
+    "shares_other_operation": "strings, a mistake for each operation",
+    "sigmorphon": "SIGMORPHON German",
+    "scouting": "scouting alone: SCAN and CLINC150",
+    "hypercleaning": "MNIST",
+}
 
 
 def demo_table(rows: list[dict[str, Any]]) -> str:
@@ -87,6 +94,125 @@ def hypercleaning_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sigmorphon_table(results: dict[str, Any]) -> str:
+    """One line per seed of `benchmarks/sigmorphon.py`; of mixing and SEAL the best variant."""
+    lines = [
+        "| seed | plain | trusted | mixing | SEAL | **tamis** | oracle | gap closed | gap closed, loss | AUROC |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for seed in sorted({row["seed"] for row in results["rows"]}):
+        rows = [row for row in results["rows"] if row["seed"] == seed]
+        (tamis,) = [row for row in rows if row["method"] == "tamis"]
+        shown = ("plain SFT", "trusted rows", "mixing", "SEAL", "tamis", "oracle")
+        best = [_mean_of_best(rows, prefix) for prefix in shown]
+        cells = [f"{value:.3f}" for value in best] + [f"{tamis[n]:.2f}" for n in ("gap_closure", "gap_closure_loss")]
+        cells[4] = f"**{cells[4]}**"
+        lines.append(f"| {seed} | {' | '.join(cells)} | {tamis['selection_auroc']:.3f} |")
+    return "\n".join(lines)
+
+
+def refining_table(results: dict[str, Any]) -> str:
+    """One line per scenario and seed of `benchmarks/refining.py`: exact match and loss."""
+    lines = [
+        "| task | seed | trusted | mixing | selection alone | with refining | oracle | extra gap closed, loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for scenario, seed in dict.fromkeys((row["scenario"], row["seed"]) for row in results["rows"]):
+        shown = best_variants([row for row in results["rows"] if (row["scenario"], row["seed"]) == (scenario, seed)])
+        found = {row["group"]: row for row in shown}
+        offline, online = found["tamis"], found["tamis, refining"]
+        names = ("trusted rows alone", "direct mixing", "tamis", "tamis, refining", "oracle (right rows)")
+        cells = [f"{found[name]['test_accuracy']:.3f} / {found[name]['test_loss']:.3f}" for name in names]
+        extra = [online[n] - offline[n] for n in ("gap_closure", "gap_closure_loss")]
+        lines.append(f"| `{scenario}` | {seed} | {' | '.join(cells)} | {extra[0]:.2f}, {extra[1]:.2f} |")
+    return "\n".join(lines)
+
+
+def scouting_table(results: dict[str, Any]) -> str:
+    """One line per base model of `benchmarks/scouting.py`; one value per seed."""
+    lines = [
+        "| task | pretraining steps | AUROC | believed | kept rows | wrong among them |",
+        "|---|---|---|---|---|---|",
+    ]
+    for scenario, steps in dict.fromkeys((row["scenario"], row["pretrain_steps"]) for row in results["rows"]):
+        rows = [r for r in results["rows"] if (r["scenario"], r["pretrain_steps"]) == (scenario, steps)]
+        cells = [
+            ", ".join(f"{row['selection_auroc']:.3f}" for row in rows),
+            f"{sum(row['is_believed'] for row in rows)} of {len(rows)}",
+            *(", ".join(f"{row[name]:.0%}" for row in rows) for name in ("share_kept", "wrong_among_kept")),
+        ]
+        lines.append(f"| {scenario} | {steps:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def llm_scouting_table(results: dict[str, Any]) -> str:
+    """One line per data set and seed of `benchmarks/llm.py`: what the scout found, beside truth and simpler scores."""
+    lines = [
+        "| rows | belief | AUROC of p_right | expected | AUROC of scores | of base loss | of length | right rows |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        if row["method"] == "tamis":
+            expected = f"{row['expected_auroc']:.3f}" if row["is_believed"] else ""
+            share = f"{row['estimated_share_right']:.2f} ({row['share_right']:.2f})"
+            cells = [f"`{row['dataset']}`", f"{row['belief']:.2f}", f"{row['auroc']:.3f}", expected]
+            cells += [f"{row[name]:.3f}" for name in ("auroc_of_scores", "auroc_of_base_loss", "auroc_of_length")]
+            lines.append(f"| {' | '.join([*cells, share])} |")
+    return "\n".join(lines)
+
+
+def llm_losses_table(results: dict[str, Any]) -> str:
+    """One line per data set and seed of `benchmarks/llm.py`: held-out losses, and tamis less the better mixing."""
+    lines = [
+        "| rows | base model | trusted | mixing | **tamis** | tamis less mixing |",
+        "|---|---|---|---|---|---|",
+    ]
+    for dataset, seed in dict.fromkeys((row["dataset"], row["seed"]) for row in results["rows"]):
+        rows = [row for row in results["rows"] if (row["dataset"], row["seed"]) == (dataset, seed)]
+        found: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            found[row["group"]] = min(found.get(row["group"], row), row, key=lambda row: row["test_loss"])
+        names = ("base model", "trusted rows alone", "direct mixing", "tamis")
+        cells = [f"{found[name]['test_loss']:.3f} ± {found[name]['test_loss_error']:.3f}" for name in names]
+        cells[-1] = f"**{cells[-1]}**"
+        difference = f"{found['tamis']['difference']:+.3f} ± {found['tamis']['difference_error']:.3f}"
+        lines.append(f"| `{dataset}` | {' | '.join(cells)} | {difference} |")
+    return "\n".join(lines)
+
+
+def estimates_table() -> str:
+    """Estimates of tamis against the truth, over all runs of each benchmark in `ESTIMATES`."""
+    lines = [
+        "| benchmark | runs | believed | right rows | error | AUROC of believed | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    shares, aurocs = [], []
+    for name, title in ESTIMATES.items():
+        rows = [row for row in _read(name)["rows"] if row["method"] == "tamis"]
+        believed = [row for row in rows if row["is_believed"] and _known_auroc(row) is not None]
+        share = [(row["share_right"], row["estimated_share_right"]) for row in rows]
+        auroc = [(_known_auroc(row), row["expected_auroc"]) for row in believed]
+        shares += share
+        aurocs += auroc
+        cells = [title, str(len(rows)), str(len(believed)), *_truth_and_error(share), *_truth_and_error(auroc)]
+        lines.append(f"| {' | '.join(cells)} |")
+    errors = _truth_and_error(shares)[1], _truth_and_error(aurocs)[1]
+    lines.append(f"| **all** | {len(shares)} | {len(aurocs)} | | **{errors[0]}** | | **{errors[1]}** |")
+    return "\n".join(lines)
+
+
+def _known_auroc(row: dict[str, Any]) -> float | None:
+    known: float | None = row["auroc"] if "auroc" in row else row["selection_auroc"]
+    return known
+
+
+def _truth_and_error(pairs: list[tuple[Any, Any]]) -> tuple[str, str]:
+    """The range of the truth, and the mean absolute error of the estimates, of pairs of both."""
+    truths = [truth for truth, _ in pairs]
+    low, high = f"{min(truths):.2f}", f"{max(truths):.2f}"
+    return low if low == high else f"{low} to {high}", f"{_mean([abs(a - b) for a, b in pairs]):.3f}"
+
+
 def theory_solutions_table(results: dict[str, Any]) -> str:
     """One line per method on the separable problem of `benchmarks/theory.py`."""
     lines = [
@@ -145,6 +271,11 @@ def _small(value: float) -> str:
     return "0" if value < 1e-12 else f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}"
 
 
+def _read(name: str) -> Any:
+    """Committed results of a benchmark."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -163,18 +294,21 @@ def fill(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match.group(1)
-        path = ROOT / "benchmarks" / "results" / f"{name.split('.')[0]}.json"
-        found = json.loads(path.read_text(encoding="utf-8"))
         makers = {
             "unlike": unlike_table,
             "hypercleaning": hypercleaning_table,
             "demo": demo_table,
+            "sigmorphon": sigmorphon_table,
+            "refining": refining_table,
+            "scouting": scouting_table,
+            "llm.scouting": llm_scouting_table,
+            "llm.losses": llm_losses_table,
             "theory.solutions": theory_solutions_table,
             "theory.not_separable": theory_not_separable_table,
             "theory.posterior": theory_posterior_table,
             "theory.weights": theory_weights_table,
         }
-        lines = makers.get(name, shares_table)(found)
+        lines = estimates_table() if name == "estimates" else makers.get(name, shares_table)(_read(name.split(".")[0]))
         return f"<!-- table: {name} -->\n{lines}\n<!-- end -->"
 
     return re.sub(r"<!-- table: ([\w.]+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)

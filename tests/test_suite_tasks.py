@@ -168,6 +168,14 @@ def test_gap_closure_of_a_cell_is_a_ratio_of_means():
     assert "gap_closure_tamis" not in summary.aggregate(runs(0.5, 0.6, 0.51))
 
 
+def test_a_rival_of_one_seed_counts_where_it_was_run():
+    rows = runs(0.5, 0.6, 0.7) + runs(0.5, 0.5, 0.6, seed=1)
+    rows.insert(0, rows[3] | {"method": "LESS, top 50%", "group": "LESS", "test_accuracy": 0.53})
+    (cell,) = summary.group_cells(rows)
+    assert cell.accuracy["LESS"] == pytest.approx([0.53, float("nan")], nan_ok=True)
+    assert summary.aggregate(rows)["gap_closure_LESS"] == pytest.approx([0.03 / 0.15])
+
+
 def test_below_a_rival_means_by_more_than_the_error():
     def is_below(*differences):
         rows = [row for seed, d in enumerate(differences) for row in runs(0.5, 0.5 + d, 0.9, seed=seed)]

@@ -21,6 +21,7 @@ from tamis import NonFiniteLossError
 from tamis.stream import drawn_rows
 
 RIGHT, WRONG, TRUSTED = two_kinds()
+MORE_TRUSTED = two_kinds(num_rows=24)[2]  # of 12 rows some kinds of responses are too many by chance
 TRAIN = [*RIGHT[:8], *WRONG[:8]]  # 4 steps of 4 make an epoch
 
 
@@ -41,7 +42,7 @@ def rows_of_steps(trainer) -> list[list[int]]:
 
 
 def test_rows_are_visited_as_often_as_they_weigh(bilevel):
-    trainer = bilevel(TRAIN, TRUSTED, num_train_epochs=3)
+    trainer = bilevel(TRAIN, MORE_TRUSTED, num_train_epochs=3)
     steps = rows_of_steps(trainer)
     trainer.train()
     weights, num_updates = trainer.weighting.row_weights.all_weights(), trainer.weighting.row_weights.num_updates_N
@@ -116,13 +117,13 @@ def test_rows_that_are_left_out_do_not_shift_the_others(bilevel):
 
 
 def test_rho_counts_a_validation_row_as_a_row_that_is_surely_right(bilevel, tmp_path):
-    trainer = bilevel(TRAIN, TRUSTED, max_steps=2)
+    trainer = bilevel(TRAIN, MORE_TRUSTED, max_steps=2)
     trainer.train()
     p_right = trainer.weighting.row_weights.p_right_N()
     num_useful = worth(p_right).sum().item()
     assert 6 < num_useful < 8.001, "eight rows are right"
     lines = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "rho" in line]
-    assert [line["rho"] for line in lines] == pytest.approx([12 / (12 + num_useful)] * len(lines), abs=1e-6)
+    assert [line["rho"] for line in lines] == pytest.approx([24 / (24 + num_useful)] * len(lines), abs=1e-6)
     first = lines[0]
     expected = first["rho"] * first["validation_loss"] + (1 - first["rho"]) * first["training_loss"]
     assert first["loss"] == pytest.approx(expected, abs=1e-5)

@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 
-import tamis.compare.methods
+import tamis.compare.runs
 import tamis.demo.run
 from tamis.cli import main
-from tamis.compare.methods import REFINING, SEAL
+from tamis.compare.methods import REFINING
+from tamis.compare.seal import SEAL
 from tamis.demo.language import make_language_world
 from tamis.demo.run import MIXING_RHOS
 from tamis.demo.world import make_world
@@ -47,6 +48,6 @@ def test_the_demo_writes_table_and_picture_and_does_not_repeat_itself(
     def no_training(*_):
         raise AssertionError("a finished run was made again")
 
-    monkeypatch.setattr(tamis.compare.methods, "train", no_training)
+    monkeypatch.setattr(tamis.compare.runs, "train", no_training)
     assert main(command) == 0
     assert json.loads((tmp_path / "demo" / "comparison.json").read_text()) == rows

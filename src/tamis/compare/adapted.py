@@ -48,7 +48,8 @@ def adapted_to_validation(trainer: BilevelTrainer) -> Iterator[None]:
     with put_back(trainer.model), seeded(args.seed, trainer.accelerator.device):
         steps = descend(
             trainer.model, batches, batches.validation.ids, settings,
-            learning_rate=args.learning_rate, num_steps=num_steps, title="adapting to the validation rows",
+            learning_rate=args.learning_rate, num_steps=num_steps,
+            title="" if args.disable_tqdm else "adapting to the validation rows",
         )  # fmt: skip
         list(steps)
         yield
@@ -70,7 +71,7 @@ def warmed_up(trainer: BilevelTrainer, at_epoch_end: AtEpochEnd = lambda *_: Non
     quiet: dict[str, Any] = dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")
     quiet |= {"report_to": "none", "load_best_model_at_end": False, "push_to_hub": False, "model_init_kwargs": None}
     length = {"num_train_epochs": _WARM_UP_EPOCHS, "max_steps": -1}
-    with TemporaryDirectory() as folder, put_back(trainer.model):
+    with TemporaryDirectory() as folder, put_back(trainer.model), seeded(trainer.args.seed, trainer.accelerator.device):
         settings = given | quiet | length | {"output_dir": folder, "selector": "none", "rho": 0.0, "rho_start": None}
         warm = BilevelTrainer(
             trainer.model,

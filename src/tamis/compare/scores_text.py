@@ -68,21 +68,21 @@ def _texts(trainer: BilevelTrainer, dataset: Dataset) -> list[str]:
 
 
 def nearest_neighbours(trainer: BilevelTrainer) -> Tensor:
-    """Mean cosine similarity with the 5 nearest validation rows, by embeddings of prompt and response.
+    """Mean cosine similarity with the 5 nearest validation rows, by embeddings of responses given their prompts.
 
-    The embedding is the mean of the base model's last hidden states. Such scores are the "representation" baselines of
-    LESS (arXiv 2402.04333), which take the last token's state, and of Ivison et al. (arXiv 2503.01807), which weigh
-    the states by position.
+    Such scores are the "representation" baselines of LESS (arXiv 2402.04333), which take the last token's state, and of
+    Ivison et al. (arXiv 2503.01807), which weigh the states by position.
     """
     similarity_RV = embeddings(trainer, trainer.train_dataset) @ embeddings(trainer, _validation(trainer)).T
     return similarity_RV.topk(min(_NUM_NEIGHBOURS, similarity_RV.shape[1])).values.mean(dim=1)
 
 
-def embeddings(trainer: BilevelTrainer, dataset: Dataset, of: Literal["row", "prompt"] = "row") -> Tensor:
-    """Means of the last hidden states of prepared rows, of length one (float32, on the CPU), shape rows x D.
+def embeddings(trainer: BilevelTrainer, dataset: Dataset, of: Literal["response", "prompt"] = "response") -> Tensor:
+    """Means of the base model's last hidden states of prepared rows, of length one (float32, CPU), shape rows x D.
 
     Args:
-        of: ``prompt``: of the tokens that are not trained on; a row without any gives all of its tokens.
+        of: ``response``: the states of the tokens that are trained on; they have seen the prompt. ``prompt``: of all
+            other tokens. A row that has none of them gives all of its tokens.
     """
     rows = dataset.select_columns(["input_ids", "labels"])
     lengths = [len(ids) for ids in rows["input_ids"]]
@@ -96,9 +96,8 @@ def embeddings(trainer: BilevelTrainer, dataset: Dataset, of: Literal["row", "pr
             labels_BT = inputs.pop("labels")
             hidden_BTD = backbone(trainer.model)(**inputs, use_cache=False).last_hidden_state
             mask_BT = inputs["attention_mask"].bool()
-            if of == "prompt":
-                prompt_BT = mask_BT & (labels_BT == -100)
-                mask_BT = torch.where(prompt_BT.any(dim=1, keepdim=True), prompt_BT, mask_BT)
+            wanted_BT = mask_BT & ((labels_BT == -100) if of == "prompt" else (labels_BT != -100))
+            mask_BT = torch.where(wanted_BT.any(dim=1, keepdim=True), wanted_BT, mask_BT)
             mean_BD = (hidden_BTD.float() * mask_BT.unsqueeze(2)).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
             found = found if len(found) else torch.empty(len(rows), mean_BD.shape[1])
             found[places] = normalize(mean_BD, dim=1).cpu()

@@ -26,7 +26,6 @@ class ScoreTable:
       is mirror descent under the Fermi-Dirac entropy, whose domain is the box (our derivation).
     - ``softmax``: ``exp``. Mirror descent under the Shannon entropy, on the simplex; collapses when a few rows have
       much lower losses than the rest.
-
     - ``squared``: ``sigmoid^2``. Of a score that is the log-odds of being right: probability times confidence.
 
     The three sums (of f, f^2, f log f) give the weights, the effective sample size and the entropy in O(1). They are
