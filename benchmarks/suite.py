@@ -74,7 +74,7 @@ CELLS = [
     *(Cell(name, trusted=trusted) for name in ("other operation", "scan") for trusted in TRUSTED[1:]),
 ]
 QUICK_CELLS = [Cell("other operation"), Cell("irrelevant", num_validation=16)]
-QUICK_POOL, QUICK_SETTINGS = {"num_train": 500, "pretrain_steps": 20}, {"max_steps": 20, "scout_epochs": 2}
+QUICK_POOL, QUICK_SETTINGS = {"num_train": 200, "pretrain_steps": 20}, {"max_steps": 10, "scout_epochs": 2}
 
 
 def run_cell(cell: Cell, pool: Pool, folder: Path, is_quick: bool) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def run_suite(cells: Sequence[Cell], arguments: argparse.Namespace) -> tuple[lis
 
 
 def main() -> None:
-    quick = "two cells of one seed, 20 steps of everything: shows that it runs"
+    quick = "two cells of one seed, 10 steps of everything: shows that it runs"
     parser = make_parser(__doc__, quick=quick, scenarios=tuple(POOLS))
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()

@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tamis.compare.rivals import ALL_RIVALS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -139,6 +142,14 @@ def test_a_failing_cell_does_not_lose_the_others(monkeypatch, tmp_path, capsys):
     assert len(rows) == 2 * len(runs(0.5, 0.6, 0.7)) and tables.count("tamis") == 2
     assert failed == ["irrelevant, seed 0, wrong0.5_trusted64_fair"]
     assert "of this cell alone" in (tmp_path / "irrelevant" / "0" / "log.txt").read_text()
+
+
+def test_the_quick_suite_runs_with_all_rivals(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "suite.py"), "--quick", "--output_dir", str(tmp_path)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {row["group"] for row in results["rows"]} >= {*ALL_RIVALS, "tamis", "direct mixing", "trusted rows alone"}
+    assert {row["scenario"] for row in results["rows"]} == {cell.scenario for cell in suite.QUICK_CELLS}
 
 
 def runs(mixing, tamis, oracle, *, seed=0, trusted="fair", scenario="scan", believed=True, share=0.5, estimated=0.45):

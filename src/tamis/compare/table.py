@@ -33,12 +33,13 @@ def add_gap_closures(rows: list[dict[str, Any]]) -> None:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The comparison as text, one method a line."""
-    lines = [f"{'method':22} {'test acc':>8} {'test loss':>9} {'gap closed':>10} {'AUROC':>6} {'seconds':>7}"]
+    width = max(len("method"), *(len(row["method"]) for row in rows))
+    lines = [f"{'method':{width}} {'test acc':>8} {'test loss':>9} {'gap closed':>10} {'AUROC':>6} {'seconds':>7}"]
     for row in rows:
         selection = "" if row["selection_auroc"] is None else f"{row['selection_auroc']:.3f}"
         closed = "" if row["gap_closure"] is None else f"{row['gap_closure']:.2f}"
         lines.append(
-            f"{row['method']:22} {row['test_accuracy']:8.3f} {row['test_loss']:9.3f} {closed:>10} "
+            f"{row['method']:{width}} {row['test_accuracy']:8.3f} {row['test_loss']:9.3f} {closed:>10} "
             f"{selection:>6} {row['seconds']:7.0f}"
         )
     return "\n".join(lines)
