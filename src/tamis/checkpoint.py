@@ -25,7 +25,7 @@ STATE_FILE = "tamis.safetensors"
 # Settings of ours that a resumed run may change: they do not enter what has been learned.
 _CHANGEABLE = (
     "refine_on_error", "generation_batch_size", "generator", "vllm_mode", "vllm_server_base_url",
-    "vllm_gpu_memory_utilization",
+    "vllm_gpu_memory_utilization", "overwrite_output_dir",
 )  # fmt: skip
 # Settings of TRL that say which tokens a row has, or which rows a step has.
 _OF_ROWS = (

@@ -74,6 +74,11 @@ class BilevelConfig(SFTConfig):
         const=True,
     )
 
+    # > Parameters that control the run
+    overwrite_output_dir: bool = setting(
+        False, "Replace the run that --output_dir holds: its checkpoints, model and files. Files of yours stay."
+    )
+
     # > Parameters that control the selection
     selector: Literal["scout", "mirror", "softmax", "sigmoid", "bmo", "column", "none"] = setting(
         "scout",
@@ -203,11 +208,12 @@ class BilevelConfig(SFTConfig):
 
     # --- what was left open -----------------------------------------------------------------------------------------
 
-    def resolve(self, selector: SelectorTraits | None = None) -> Resolved:
+    def resolve(self, selector: SelectorTraits | None = None, *, has_validation: bool = True) -> Resolved:
         """Fill in what was left open, each with the reason.
 
         Args:
             selector: an instance that takes the place of the name in the field `selector`.
+            has_validation: whether there are validation rows.
         """
         resolved = Resolved()
         scouts = self.scouts(selector)
@@ -228,7 +234,10 @@ class BilevelConfig(SFTConfig):
             rates = tuple(ratio * self.learning_rate for ratio in SCOUT_LEARNING_RATE_RATIOS)
             reason = f"{', '.join(map(str, SCOUT_LEARNING_RATE_RATIOS))} times learning_rate: unseen rows choose"
             resolved.set("scout_learning_rates", given, rates, reason)
-        resolved.set("rho", self.rho, None if scouts else DEFAULT_RHO, "half of the objective")
+        if has_validation:
+            resolved.set("rho", self.rho, None if scouts else DEFAULT_RHO, "half of the objective")
+        else:
+            resolved.set("rho", self.rho, 0.0, "there are no validation rows")
         resolved.set("rho_start", self.rho_start, resolved.rho, "constant rho")
         resolved.set(
             "per_device_validation_batch_size",
@@ -291,11 +300,10 @@ class BilevelConfig(SFTConfig):
                 f"selector {name} needs validation rows: give --validation_dataset, or choose --selector "
                 "column (weights from a column) or --selector none (every row counts the same)"
             )
-        if self.uses_validation(selector) and not has_validation:
-            rho = DEFAULT_RHO if self.rho is None else self.rho
+        if (self.rho or self.rho_start) and not has_validation:
             raise ValueError(
-                f"rho={rho}, rho_start={self.rho_start} weigh the validation rows, but --validation_dataset is "
-                "missing; or set --rho 0 and leave --rho_start out"
+                f"rho={self.rho}, rho_start={self.rho_start} weigh the validation rows, but --validation_dataset is "
+                "missing: give it, or leave --rho and --rho_start out"
             )
         if self.rho is None and self.rho_start is not None and self.scouts(selector):
             raise ValueError("rho_start goes to a rho that the scout chooses: set --rho too")

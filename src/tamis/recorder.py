@@ -28,11 +28,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tamis.files import write_atomically
+from tamis.output_dir import config_path, write_config
 
 FORMAT_VERSION = 4
 SCOUT_REPORT = "scout.json"
@@ -86,8 +86,7 @@ class Recorder:
 
     def write_config(self, settings: dict[str, Any], info: dict[str, Any]) -> None:
         """``settings`` are command line names and values; ``info`` goes under ``run_info``, which replays ignore."""
-        text = yaml.safe_dump({**settings, "run_info": info}, sort_keys=False, allow_unicode=True)
-        write_atomically(self.output_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+        write_config(config_path(self.output_dir), {**settings, "run_info": info})
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. NaN and infinity are written as null: the lines are strict JSON."""
@@ -113,6 +112,8 @@ class Recorder:
                 break
             if record["step"] > step:
                 break
+            if "train_runtime" in record:  # the summary of a run that was to end here
+                continue
             kept.append(line + "\n")
         if step == 0:
             kept = []

@@ -1,16 +1,25 @@
 """One run, from named files to a run directory: what `tamis train`, the demo and the comparisons all go through."""
 
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from tamis.config import BilevelConfig
 from tamis.data import load_rows
+from tamis.output_dir import claimed, config_path, finished_step, mark_finished, refuse_busy, refuse_earlier_run
 from tamis.progress import ProgressCallback, use_progress
+from tamis.recorder import checkpoint_step
 from tamis.settings import given_fields, warn_without_effect
+from tamis.stopping import Stopped, StopSignals
 from tamis.trainer import BilevelTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,31 +103,95 @@ def train(
     args: BilevelConfig,
     model_args: ModelConfig,
     trainer_class: type[BilevelTrainer] = BilevelTrainer,
+    stop: StopSignals | None = None,
 ) -> dict[str, float]:
     """One run of `tamis train`: loads and checks the rows, trains, saves; returns the metrics of the held-out rows.
 
+    A run that is finished already is left as it is.
+
     Args:
         trainer_class: another one, where a method of a comparison is more than settings.
+        stop: the signals that end the run after a step, with a checkpoint.
 
     Raises:
         ValueError: an input cannot work; see `tamis.data`, `tamis.rows` and `BilevelConfig.check`.
         NonFiniteLossError: see `BilevelTrainer`.
+        Stopped: by a signal.
     """
-    output_dir = Path(str(args.output_dir))
+    output_dir, stop = str(args.output_dir), stop or StopSignals()
     resume = True if args.resume_from_checkpoint in ("last", "true", "True") else args.resume_from_checkpoint
-    if not resume and any(
-        next(output_dir.glob(trace), None) for trace in ("metrics.jsonl", "checkpoint-*", "*.safetensors")
-    ):
-        raise ValueError(
-            f"{output_dir} holds a run already: choose another --output_dir, or go on with "
-            "--resume_from_checkpoint last"
-        )
+    is_main_process = args.process_index == 0
+    if is_main_process:
+        refuse_busy(output_dir)
+        if resume:
+            given = ["overwrite_output_dir"] if args.overwrite_output_dir else []
+            warn_without_effect(given, {"the run goes on from a checkpoint": ["overwrite_output_dir"]})
+        elif not args.overwrite_output_dir:
+            refuse_earlier_run(output_dir)
     trainer = make_trainer(data, args, model_args, trainer_class)
+    if resume and _is_finished(trainer, resume):
+        return {}
     use_progress(trainer, ProgressCallback("training"))
-    trainer.train(resume_from_checkpoint=resume)
-    metrics = trainer.evaluate() if data.eval_dataset is not None else {}
-    trainer.save_model()
-    trainer.create_model_card()
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    stop.hint = ", before the first step: the same command starts again"
+    trainer.add_callback(StopAfterStep(trainer, stop))
+    with claimed(output_dir) if is_main_process else nullcontext():
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        trainer.create_model_card()
+        stop.hint = ", after the model was saved"
+        stop.release()
+        metrics = trainer.evaluate() if data.eval_dataset is not None else {}
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        if is_main_process:
+            mark_finished(output_dir, trainer.state.global_step)
     return metrics
+
+
+def _is_finished(trainer: BilevelTrainer, resume: str | bool) -> bool:
+    """Whether the run in the output directory has made all of its steps, and its model is saved; says so."""
+    output_dir, num_steps = str(trainer.args.output_dir), trainer.num_steps()
+    step = finished_step(output_dir)
+    if step is None or step < num_steps:
+        return False
+    if resume is not True or any(Path(output_dir).glob("checkpoint-*")):
+        checkpoint = trainer.checkpoint_to_resume(resume)
+        if resume is not True and checkpoint_step(str(checkpoint)) < num_steps:
+            return False
+    logger.info(
+        f"{output_dir}: the run is finished, {step} of {num_steps} steps, and nothing was trained. To train on, raise "
+        "--max_steps or --num_train_epochs"
+    )
+    return True
+
+
+class StopAfterStep(TrainerCallback):
+    """Ends the training that a signal has asked to stop: after the optimizer step, with a checkpoint.
+
+    Args:
+        trainer: whose callbacks are told of the end.
+        stop: the signals. All ranks stop after the same step, if any of them has got one.
+    """
+
+    def __init__(self, trainer: BilevelTrainer, stop: StopSignals):
+        self._trainer, self._stop = trainer, stop
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._stop.hold()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        received = torch.tensor(self._stop.received or 0, device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        self._signum = int(received)
+        if self._signum:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._signum:
+            return
+        self._trainer.callback_handler.on_train_end(args, state, control)  # progress bars and loggers close
+        hint = f", after step {state.global_step}"
+        if not args.save_only_model:
+            hint += f": go on with tamis train --config {config_path(args.output_dir)} --resume_from_checkpoint last"
+        raise Stopped(self._signum, hint)

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 logger = logging.getLogger(__name__)
 
-# Not for a replay: a secret, where an earlier run was taken up, and what `config.yaml` tells of the run it came from.
-_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "run_info")
+# Not for a replay: a secret, what becomes of an earlier run, and what `config.yaml` tells of the run it came from.
+_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir", "run_info")
 
 
 def setting(default: Any, help: str, **options: Any) -> Any:

@@ -9,7 +9,9 @@ Shape suffixes: B rows of a micro-batch, training rows first; L its training row
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,13 @@ from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets
 from tamis.losses import fused_forward, stop_if_not_finite
+from tamis.output_dir import (
+    announce_users_files,
+    claimed,
+    refuse_earlier_run,
+    remove_earlier_run,
+    users_card_kept,
+)
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
 from tamis.rows import attach_example_ids, fingerprint, report_dropped, row_name, row_table
 from tamis.selection.selectors import Selector
@@ -97,7 +106,7 @@ class BilevelTrainer(RowEvaluation):
         datasets = named_datasets(train_dataset, validation_dataset, eval_dataset)
         has_validation, has_weight = validation_dataset is not None, "weight" in train_dataset.column_names
         args.check(has_validation=has_validation, has_weight=has_weight, selector=selector)
-        self.resolved = args.resolve(selector)
+        self.resolved = args.resolve(selector, has_validation=has_validation)
         if not args.uses_validation(selector):
             datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)
@@ -119,7 +128,7 @@ class BilevelTrainer(RowEvaluation):
         self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
         # What `config.yaml` gets: the command line adds the model and the files, see `tamis.run`.
         self.config_settings = args.given_settings
-        self.recorder = Recorder(str(args.output_dir)) if self.accelerator.is_main_process else None
+        self.recorder = Recorder(self._output_dir) if self.accelerator.is_main_process else None
         self.weighting = RowWeighting(
             args,
             self.resolved,
@@ -133,13 +142,17 @@ class BilevelTrainer(RowEvaluation):
             batches=self.batches,
             recorder=self.recorder,
         )
-        self.weighting.plan(self._num_steps())
+        self.weighting.plan(self.num_steps())
         name, num_ranks = args.selector if selector is None else type(selector).__name__, args.world_size
         self._identity = checkpoints.identify(args, self.resolved, self._fingerprints, name, num_ranks)
 
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    @property
+    def _output_dir(self) -> str:
+        return str(self.args.output_dir)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -239,25 +252,50 @@ class BilevelTrainer(RowEvaluation):
         """Train, and leave `config.yaml`, `metrics.jsonl` and `weights.parquet` in the run directory.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one of `output_dir`.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one of `output_dir`. From the
+                last one of a finished run nothing is trained: the model is loaded.
+
+        Raises:
+            ValueError: see `checkpoint_to_resume`; or `output_dir` is in use, or holds a run that would be overwritten.
         """
-        resume = resume_from_checkpoint or None
-        if resume is True:
-            resume = last_complete_checkpoint(str(self.args.output_dir))
-        if resume:
-            checkpoints.refuse_foreign(resume, self._identity)
+        with claimed(self._output_dir) if self.recorder else nullcontext():
+            return self._train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
+
+    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint that `train` would go on from.
+
+        Raises:
+            ValueError: there is none, or it belongs to a run that means something else.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = last_complete_checkpoint(self._output_dir)
+        if checkpoint:
+            checkpoints.refuse_foreign(checkpoint, self._identity)
+        return checkpoint
+
+    def _train(self, resume: str | None, *others: Any) -> TrainOutput:
         announcements = [*self.resolved.announcements, *self.weighting.announcements]
         for line in announcements:
             logger.info(line)
         if self.recorder:
+            if not resume or Path(resume).resolve().parent != Path(self._output_dir).resolve():
+                (remove_earlier_run if self.args.overwrite_output_dir else refuse_earlier_run)(self._output_dir)
+            announce_users_files(self._output_dir)
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, announcements))
             self.recorder.rewind(checkpoint_step(resume) if resume else 0)
-        output = super().train(resume, trial, ignore_keys_for_eval)
+        output = super().train(resume, *others)
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best and not self.args.save_only_model:
             self.weighting.load_state_dict(checkpoints.load_state(best)[0])  # the model is that of this checkpoint
         self._write_weights()
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -292,8 +330,14 @@ class BilevelTrainer(RowEvaluation):
             self.weighting.load_state_dict(state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.weighting.left_out_of_saving():
+        with self.weighting.left_out_of_saving(), users_card_kept(output_dir or self._output_dir):
             super()._save(output_dir, state_dict)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """See [`~trl.SFTTrainer`]; a `README.md` of the user stays."""
+        if self.recorder:
+            with users_card_kept(self._output_dir):
+                super().create_model_card(*args, **kwargs)
 
     def _write_weights(self) -> None:
         if self.recorder:
