@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import pairs, two_kinds, write_jsonl
+from conftest import pairs, read_jsonl, two_kinds, write_jsonl
 from safetensors.torch import load_file
 
 from tamis.cli import main
@@ -37,13 +37,22 @@ def command(model_dir, tmp_path):
 
 
 def stopped(arguments: list[str], signum: int, after: Path) -> tuple[int, str]:
-    """Exit code and stderr of a process that gets a signal once the file ``after`` has something in it."""
+    """Exit code and stderr of a process that gets a signal once it has written to the file ``after``."""
+    before = after.stat().st_mtime_ns if after.exists() else 0
     with subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], stderr=subprocess.PIPE, text=True) as process:
-        while not (after.is_file() and after.stat().st_size) and process.poll() is None:
+        while not (after.is_file() and after.stat().st_mtime_ns > before and after.stat().st_size):
+            assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         process.send_signal(signum)
         _, errors = process.communicate(timeout=100)
     return process.returncode, errors
+
+
+def last_words(errors: str) -> str:
+    """The one line of the command, which is not a traceback."""
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("tamis train:")]
+    return line
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -53,32 +62,35 @@ def leftovers(folder: Path) -> list[str]:
 SCOUT = ("--scout_epochs", "8", "--scout_learning_rate", "1e-2")
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_a_checkpoint_from_which_the_run_ends_as_if_nothing_had_happened(
-    command, tmp_path, signum, exit_code
-):
-    steps = ("--max_steps", "150", *SCOUT)
-    code, errors = stopped(command("run", *steps), signum, after=tmp_path / "run" / "metrics.jsonl")
-    assert code == exit_code and "Traceback" not in errors
-    checkpoint = next((tmp_path / "run").glob("checkpoint-*"))
-    lines = [line for line in errors.splitlines() if line.startswith("tamis train:")]
-    assert len(lines) == 1 and f"after step {checkpoint.name.split('-')[1]}" in lines[0]
-    assert 0 < int(checkpoint.name.split("-")[1]) < 150 and not leftovers(tmp_path / "run")
-
-    resume = lines[0].split("go on with tamis ")[1].split()
-    assert main(resume) == 0
+def test_a_run_that_was_stopped_twice_ends_as_if_nothing_had_happened(command, tmp_path):
+    steps, run = ("--max_steps", "90", *SCOUT), tmp_path / "run"
+    arguments, reached = command("run", *steps), 0
+    for signum, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        code, errors = stopped(arguments, signum, after=run / "metrics.jsonl")
+        line = last_words(errors)
+        step = int(line.split("after step ")[1].split(":")[0])
+        assert code == exit_code and reached < step < 90
+        assert (run / f"checkpoint-{step}" / "trainer_state.json").is_file() and not leftovers(run)
+        arguments, reached = line.split("go on with tamis ")[1].split(), step
+    assert main(arguments) == 0
     assert main(command("whole", *steps)) == 0
-    models = [load_file(tmp_path / folder / "model.safetensors") for folder in ("run", "whole")]
+    models = [load_file(folder / "model.safetensors") for folder in (run, tmp_path / "whole")]
     assert all(models[0][name].equal(models[1][name]) for name in models[1])
-    tables = [pq.read_table(tmp_path / folder / "weights.parquet") for folder in ("run", "whole")]
+    tables = [pq.read_table(folder / "weights.parquet") for folder in (run, tmp_path / "whole")]
     assert tables[0].equals(tables[1])
+    metrics = [
+        [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
+        for folder in (run, tmp_path / "whole")
+    ]
+    assert [line["step"] for line in metrics[0]] == list(range(1, 91)) and metrics[0] == metrics[1]
 
 
 def test_while_scouting_nothing_is_left_that_stands_in_the_way(command, tmp_path):
     long = ("--max_steps", "2", "--scout_epochs", "40")
     code, errors = stopped(command("run", *long), signal.SIGINT, after=tmp_path / "run" / "config.yaml")
-    assert code == 130 and "Traceback" not in errors
-    assert errors.splitlines()[-1].endswith("stopped by Ctrl-C, before the first step: the same command starts again")
+    assert code == 130 and last_words(errors).endswith(
+        "stopped by Ctrl-C, before the first step: the same command starts again"
+    )
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["max_steps"] == 2
     assert main(command("run", "--max_steps", "2", *SCOUT)) == 0
