@@ -58,11 +58,18 @@ def test_learning_selectors_need_a_validation_dataset(tmp_path, settings):
         check(config(tmp_path, **settings), has_validation=False)
 
 
-def test_rho_needs_a_validation_dataset(tmp_path):
-    with pytest.raises(ValueError, match="set --rho 0"):
-        check(config(tmp_path, selector="none"), has_validation=False)
-    check(config(tmp_path, selector="none", rho=0.0), has_validation=False)
-    check(config(tmp_path, selector="column", rho=0.0), has_validation=False, has_weight=True)
+@pytest.mark.parametrize("settings", [{"rho": 0.3}, {"rho": 0.0, "rho_start": 0.5}, {"rho_start": 0.5}])
+def test_a_rho_that_was_given_needs_a_validation_dataset(tmp_path, settings):
+    with pytest.raises(ValueError, match="weigh the validation rows, but .*validation_dataset is missing"):
+        check(config(tmp_path, selector="none", **settings), has_validation=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rho": 0.0}])
+def test_static_selectors_need_no_validation_dataset(tmp_path, settings):
+    for selector in ("none", "column"):
+        args = config(tmp_path, selector=selector, **settings)
+        check(args, has_validation=False, has_weight=True)
+        assert args.resolve(has_validation=False).rho == 0 and args.resolve().rho == settings.get("rho", 0.5)
 
 
 @pytest.mark.parametrize(

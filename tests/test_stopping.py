@@ -37,10 +37,10 @@ def command(model_dir, tmp_path):
 
 
 def stopped(arguments: list[str], signum: int, after: Path) -> tuple[int, str]:
-    """Exit code and stderr of a process that gets a signal once it has written to the file ``after``."""
-    before = after.stat().st_mtime_ns if after.exists() else 0
+    """Exit code and stderr of a process that gets a signal once the file ``after`` has grown."""
+    before = after.stat().st_size if after.exists() else 0
     with subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], stderr=subprocess.PIPE, text=True) as process:
-        while not (after.is_file() and after.stat().st_mtime_ns > before and after.stat().st_size):
+        while not (after.is_file() and after.stat().st_size > before):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         process.send_signal(signum)

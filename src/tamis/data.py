@@ -85,6 +85,16 @@ def load_rows(
     return Dataset(table, fingerprint=_digest(table))
 
 
+def rows_of(dataset: Dataset, role: str) -> Dataset:
+    """The rows of a data set in memory, as `load_rows` gives those of a file; a column `weight` is kept.
+
+    Raises:
+        ValueError: see `load_rows`.
+    """
+    table = _canonical(dataset, role, (), "weight" if "weight" in dataset.column_names else None)
+    return Dataset(table, fingerprint=_digest(table))
+
+
 def _read_source(source: str, role: str, split: str) -> Iterator[tuple[str, Rows]]:
     """Yield (name, rows) for each file of `source`."""
     path = Path(source).expanduser()

@@ -176,6 +176,11 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def content_hash(content: Mapping[str, Any]) -> str:
+    """16 hex digits of what a row says."""
+    return _digest(_as_json(dict(content)))
+
+
 def fingerprint(hashes: Sequence[str]) -> str:
     """Hash a data set by the hashes of its rows, in order: 16 hex digits."""
     return _digest("".join(hashes))

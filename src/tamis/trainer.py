@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput
@@ -57,10 +58,13 @@ class BilevelTrainer(RowEvaluation):
     Args:
         model, processing_class, peft_config, ...: as in [`~trl.SFTTrainer`].
         args: settings; `BilevelConfig` documents what is not TRL's.
-        train_dataset: the rows to weigh, in any text format of TRL. A column ``weight`` is read by ``column``.
-        validation_dataset: the rows that are trusted. May be None only where the selector needs none.
+        train_dataset: the rows to weigh, in any text format of TRL, with customary columns such as Alpaca's, or as
+            ``input_ids``; of a `DatasetDict` the split ``train``. A column ``weight`` is read by ``column``.
+        validation_dataset: the rows that are trusted, of a `DatasetDict` the split ``validation``. May be None only
+            where the selector needs none.
         eval_dataset: held-out rows, never trained on, never used for selection; or a dict of several such data sets,
             by name. `tamis.evaluation.RowEvaluation` documents the metrics.
+        formatting_func: makes the text of a row, as in [`~trl.SFTTrainer`].
         selector: a name of `BilevelConfig.selector`, or a `tamis.Selector` of your own; that of ``args`` when None.
 
     Raises:
@@ -91,8 +95,8 @@ class BilevelTrainer(RowEvaluation):
         model: Any,
         args: BilevelConfig,
         *,
-        train_dataset: Dataset,
-        validation_dataset: Dataset | None = None,
+        train_dataset: Dataset | DatasetDict,
+        validation_dataset: Dataset | DatasetDict | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         selector: str | Selector | None = None,
         **kwargs: Any,
@@ -103,7 +107,17 @@ class BilevelTrainer(RowEvaluation):
         if isinstance(selector, str):
             args.selector, selector = selector, None  # type: ignore[assignment]
         check_available(args, selector)
-        datasets = named_datasets(train_dataset, validation_dataset, eval_dataset)
+        formatting_func = kwargs.pop("formatting_func", None)
+        if formatting_func is not None and args.completion_only_loss:
+            raise ValueError(
+                "completion_only_loss has no completion to find in the text of formatting_func: leave it out"
+            )
+        datasets = named_datasets(train_dataset, validation_dataset, eval_dataset, formatting_func)
+        train_dataset = datasets["train_dataset"]
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: datasets[f"eval_dataset[{name!r}]"] for name in eval_dataset}
+        else:
+            eval_dataset = datasets.get("eval_dataset")
         has_validation, has_weight = validation_dataset is not None, "weight" in train_dataset.column_names
         args.check(has_validation=has_validation, has_weight=has_weight, selector=selector)
         self.resolved = args.resolve(selector, has_validation=has_validation)
@@ -240,6 +254,17 @@ class BilevelTrainer(RowEvaluation):
             for name, value in metrics.items():
                 self._metrics["train"][name].append(value)
         return loss
+
+    @property
+    def row_weights(self) -> dict[str, list[Any] | np.ndarray[Any, Any]]:
+        """What is known of every training row, in order, for `pandas.DataFrame` and the like.
+
+        Columns: ``row`` and ``source`` (its place and file, or its place in the data set and None), ``weight`` (mean
+        one) and ``p_right`` (NaN where it is not known). `weights.parquet` has more.
+        """
+        columns = self.weighting.columns()
+        names = {name: self._row_table[name].to_pylist() for name in ("row", "source")}
+        return names | {name: columns[name] for name in ("weight", "p_right")}
 
     # --- what a run leaves behind -----------------------------------------------------------------------------------
 

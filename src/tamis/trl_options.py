@@ -82,8 +82,6 @@ NO_EFFECT: dict[str, list[str]] = {
 REFUSED_ARGUMENTS: dict[str, str] = {
     "compute_loss_func": "compute_loss_func replaces the loss of a batch, and the loss of every row is needed: leave "
     "it out",
-    "formatting_func": 'formatting_func: apply it first, dataset.map(lambda row: {"text": formatting_func(row)}), and '
-    "keep the column text alone",
 }
 
 
