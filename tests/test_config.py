@@ -60,7 +60,7 @@ def test_learning_selectors_need_a_validation_dataset(tmp_path, settings):
 
 @pytest.mark.parametrize("settings", [{"rho": 0.3}, {"rho": 0.0, "rho_start": 0.5}, {"rho_start": 0.5}])
 def test_a_rho_that_was_given_needs_a_validation_dataset(tmp_path, settings):
-    with pytest.raises(ValueError, match="weigh the validation rows, but .*validation_dataset is missing"):
+    with pytest.raises(ValueError, match=r"weigh the validation rows, but .*validation_dataset is missing"):
         check(config(tmp_path, selector="none", **settings), has_validation=False)
 
 

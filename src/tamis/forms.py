@@ -47,7 +47,7 @@ def as_rows(given: Any, role: str, formatting_func: Callable[[dict[str, Any]], s
     if formatting_func is not None:
         if _FORMATS[0] <= columns:  # as in TRL
             raise ValueError(
-                f"formatting_func would make one text of prompt and completion in {role}, and the loss would cover both: "
+                f"formatting_func would make one text of prompt and completion in {role}: the loss would cover both, "
                 "leave it out, or rename the columns"
             )
         removed = [column for column in given.column_names if column not in _KEPT]

@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".tamis.lock"
 CONFIG_FILES = ("config.yaml", "tamis_config.yaml")  # the second where the first is the user's
 CARD_FILES = ("README.md", "MODEL_CARD.md")
-_RUN_FILES = ("metrics.jsonl", "refinements.parquet", "weights.parquet", "scout.json", "scout.safetensors")
+_RUN_FILES = (
+    "metrics.jsonl", "refinements.parquet", "weights.parquet", "skipped_rows.jsonl", "scout.json", "scout.safetensors",
+)  # fmt: skip
 _MODEL_FILES = (
     "model*.safetensors",
     "adapter_model.safetensors",

@@ -6,6 +6,7 @@
 | `metrics.jsonl`       | one JSON object per log step, appended as training goes                                      |
 | `weights.parquet`     | one row per training row: example_id, source, row, content_hash, weight, score, ...          |
 | `refinements.parquet` | one row per refresh and refined row: its new responses and their weights at that step        |
+| `skipped_rows.jsonl`  | one JSON object per row that was left out: source, row, problem, content (`--skip_bad_rows`) |
 | `scout.json`          | what scouting found: share of right rows, AUROC to expect, every trial (selector `scout`)    |
 | `scout.safetensors`   | what scores new responses (`tamis.selection.scout`); runs with refining only                 |
 
@@ -36,6 +37,7 @@ from tamis.output_dir import config_path, write_config
 
 FORMAT_VERSION = 4
 SCOUT_REPORT = "scout.json"
+SKIPPED_ROWS = "skipped_rows.jsonl"
 _REFINEMENTS = pa.schema(
     {
         "example_id": pa.int64(),
@@ -87,6 +89,12 @@ class Recorder:
     def write_config(self, settings: dict[str, Any], info: dict[str, Any]) -> None:
         """``settings`` are command line names and values; ``info`` goes under ``run_info``, which replays ignore."""
         write_config(config_path(self.output_dir), {**settings, "run_info": info})
+
+    def write_skipped(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write ``skipped_rows.jsonl``, where there are such rows; see `tamis.bad_rows.RowSieve`."""
+        if rows:
+            text = "".join(json.dumps(row, default=str) + "\n" for row in rows)
+            write_atomically(self.output_dir / SKIPPED_ROWS, lambda path: path.write_text(text, encoding="utf-8"))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. NaN and infinity are written as null: the lines are strict JSON."""

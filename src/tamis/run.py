@@ -16,6 +16,7 @@ from tamis.output_dir import claimed, config_path, finished_step, mark_finished,
 from tamis.progress import ProgressCallback, use_progress
 from tamis.recorder import checkpoint_step
 from tamis.settings import given_fields, warn_without_effect
+from tamis.sources import load_sources
 from tamis.stopping import Stopped, StopSignals
 from tamis.trainer import BilevelTrainer
 
@@ -27,14 +28,19 @@ class DataArguments:
     """Which rows: files, folders or hub names.
 
     Attributes:
-        train_dataset, validation_dataset, eval_dataset: see `tamis.data.load_rows` for what is read.
+        train_dataset: one source or several, see `tamis.sources.load_sources`.
+        source_weights: one for each of them, for the selector `column`.
+        validation_dataset, eval_dataset: see `tamis.data.load_rows` for what is read.
+        skip_bad_rows: leave out rows that cannot be trained on; `skipped_rows.jsonl` of the run directory has them.
         prompt_column, response_column, weight_column: as there.
         train_split, validation_split, eval_split: of hub names and folders with splits.
         run_info: what `config.yaml` tells about the run it came from; ignored.
     """
 
-    train_dataset: str = field(
-        metadata={"help": "Doubtful rows: a JSON(L), CSV or Parquet file, a folder, a hub name."}
+    train_dataset: list[str] = field(
+        metadata={
+            "help": "Doubtful rows: JSON(L), CSV or Parquet files, patterns such as 'data/*.jsonl', folders, hub names."
+        }
     )
     validation_dataset: str | None = field(default=None, metadata={"help": "Trusted rows that guide the selection."})
     eval_dataset: str | None = field(
@@ -43,6 +49,14 @@ class DataArguments:
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompts, if not recognised."})
     response_column: str | None = field(default=None, metadata={"help": "Column of the responses, if not recognised."})
     weight_column: str | None = field(default=None, metadata={"help": "Column of weights, for --selector column."})
+    source_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of the rows of each source of --train_dataset, in order, for --selector column."},
+    )
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows that cannot be trained on, and list them in skipped_rows.jsonl."},
+    )
     train_split: str = field(default="train", metadata={"help": "Split of --train_dataset, where it has several."})
     validation_split: str = field(default="train", metadata={"help": "Split of --validation_dataset."})
     eval_split: str = field(default="train", metadata={"help": "Split of --eval_dataset."})
@@ -50,19 +64,36 @@ class DataArguments:
         default=None, metadata={"help": "Written by tamis into config.yaml; ignored when read."}
     )
 
-    def load(self) -> dict[str, Any]:
-        """The datasets that were named, checked, by the names that `BilevelTrainer` takes them under."""
-        columns = {"prompt_column": self.prompt_column, "response_column": self.response_column}
-        datasets = {}
-        for role, split in (
-            ("train_dataset", self.train_split),
-            ("validation_dataset", self.validation_split),
-            ("eval_dataset", self.eval_split),
+    def __post_init__(self) -> None:
+        if isinstance(self.train_dataset, str):  # in a YAML file one source needs no list
+            self.train_dataset = [self.train_dataset]
+
+    def load(self, skipped: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """The datasets that were named, checked, by the names that `BilevelTrainer` takes them under.
+
+        Args:
+            skipped: gets the bad rows, see `tamis.data.load_rows`.
+        """
+        options: dict[str, Any] = {
+            "prompt_column": self.prompt_column,
+            "response_column": self.response_column,
+            "skipped": skipped,
+        }
+        train = load_sources(
+            self.train_dataset,
+            role="train_dataset",
+            source_weights=self.source_weights,
+            split=self.train_split,
+            weight_column=self.weight_column,
+            **options,
+        )
+        datasets = {"train_dataset": train}
+        for role, source, split in (
+            ("validation_dataset", self.validation_dataset, self.validation_split),
+            ("eval_dataset", self.eval_dataset, self.eval_split),
         ):
-            source = getattr(self, role)
             if source is not None:
-                weight_column = self.weight_column if role == "train_dataset" else None
-                datasets[role] = load_rows(source, role=role, split=split, weight_column=weight_column, **columns)
+                datasets[role] = load_rows(source, role=role, split=split, **options)
         return datasets
 
 
@@ -75,9 +106,12 @@ def make_trainer(
     """The trainer of a run, with its rows loaded and checked; see `train` for arguments and errors."""
     if model_args.model_name_or_path is None:
         raise ValueError("no model: give --model_name_or_path")
-    if data.weight_column is not None and args.selector != "column":
-        warn_without_effect(["weight_column"], {f"selector '{args.selector}' does not read it": ["weight_column"]})
-    datasets = data.load()
+    if args.selector != "column":
+        of_column = ["weight_column", "source_weights"]
+        named = [name for name in of_column if getattr(data, name) is not None]
+        warn_without_effect(named, {f"selector '{args.selector}' does not read it": of_column})
+    skipped: list[dict[str, Any]] | None = [] if data.skip_bad_rows else None
+    datasets = data.load(skipped)
 
     given = args.model_init_kwargs
     assert not isinstance(given, str), "a JSON string is parsed by the config"
@@ -94,6 +128,7 @@ def make_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    trainer.skipped_rows = skipped or []
     trainer.config_settings = given_fields(data) | args.given_settings | given_fields(model_args)
     return trainer
 

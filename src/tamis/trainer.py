@@ -140,8 +140,9 @@ class BilevelTrainer(RowEvaluation):
         rows = PreparedRows(self.train_dataset)
         validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
         self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
-        # What `config.yaml` gets: the command line adds the model and the files, see `tamis.run`.
+        # What the run directory gets: the command line adds the model, the files and their bad rows, see `tamis.run`.
         self.config_settings = args.given_settings
+        self.skipped_rows: list[dict[str, Any]] = []
         self.recorder = Recorder(self._output_dir) if self.accelerator.is_main_process else None
         self.weighting = RowWeighting(
             args,
@@ -308,6 +309,7 @@ class BilevelTrainer(RowEvaluation):
                 (remove_earlier_run if self.args.overwrite_output_dir else refuse_earlier_run)(self._output_dir)
             announce_users_files(self._output_dir)
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, announcements))
+            self.recorder.write_skipped(self.skipped_rows)
             self.recorder.rewind(checkpoint_step(resume) if resume else 0)
         output = super().train(resume, *others)
         best = self.state.best_model_checkpoint
