@@ -38,7 +38,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(holder, bilevel, tm
     before = sorted(path.name for path in tmp_path.iterdir())
     for claim in (lambda: refuse_busy(tmp_path), trainer.train):
         message = message_of(claim)
-        assert f"in use by another run (process {holder.pid})" in message and "choose another output_dir" in message
+        assert f"in use by another run (process {holder.pid})" in message and "choose another `output_dir`" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     holder.kill()
     holder.wait()

@@ -38,7 +38,7 @@ def test_a_finished_run_says_so_and_stays(train, tmp_path, caplog, saving):
     before = contents(tmp_path / "run")
     assert yaml.safe_load(before["config.yaml"])["run_info"]["finished_step"] == 3
     assert train(*steps, *LAST) == 0
-    assert "the run is finished, 3 of 3 steps" in caplog.text and "--max_steps" in caplog.text
+    assert "the run is finished, 3 of 3 steps" in caplog.text and "raise `max_steps`" in caplog.text
     assert contents(tmp_path / "run") == before
 
 
@@ -82,7 +82,7 @@ def test_no_steps_give_the_model_as_it_was(train, tmp_path, model_dir):
 def test_overwriting_must_be_asked_for(train, tmp_path, capfd):
     assert train(*STATIC, "--max_steps", "2") == 0
     assert train(*STATIC, "--max_steps", "1") == 2
-    assert "overwrite_output_dir" in capfd.readouterr().err
+    assert "--overwrite_output_dir True" in capfd.readouterr().err
     assert train(*STATIC, "--max_steps", "1", "--overwrite_output_dir") == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["max_steps"] == 1 and "overwrite_output_dir" not in config, "a replay does not overwrite"

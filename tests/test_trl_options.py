@@ -359,7 +359,7 @@ def test_arguments_that_are_refused(tmp_path, arguments, message):
 
 def test_what_is_refused_once_the_model_is_loaded_writes_nothing_either(tmp_path, model_dir):
     rows = Dataset.from_list([{"prompt": "1" * 40, "completion": "2"}])
-    with pytest.raises(ValueError, match="Raise --max_length"):
+    with pytest.raises(ValueError, match="Raise `max_length`"):
         BilevelTrainer(model_dir, config(tmp_path, max_length=20, **MIXING), train_dataset=TRAIN, eval_dataset=rows)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

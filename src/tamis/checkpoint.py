@@ -108,7 +108,7 @@ def refuse_foreign(checkpoint: str | Path, identity: RunIdentity) -> None:
     path = Path(checkpoint) / STATE_FILE
     if not path.is_file():
         raise ValueError(
-            f"{checkpoint} has no {STATE_FILE}: it was written with --save_only_model or not by tamis, and cannot be "
+            f"{checkpoint} has no {STATE_FILE}: it was written with `save_only_model` or not by tamis, and cannot be "
             "resumed. Start a new run from its model"
         )
     with safe_open(path, "pt") as file:
@@ -118,7 +118,7 @@ def refuse_foreign(checkpoint: str | Path, identity: RunIdentity) -> None:
     if changes := _changes(json.loads(metadata["meaning"]), identity.meaning):
         raise ValueError(
             f"{checkpoint} belongs to a run that means something else ({'; '.join(changes)}): resume with its settings "
-            "and rows, or start a new run in another --output_dir"
+            "and rows, or start a new run in another `output_dir`"
         )
     for change in _changes(json.loads(metadata["given"]), identity.given):
         logger.info(f"changed since {Path(checkpoint).name}: {change}")

@@ -79,18 +79,21 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command: str, options: list[str], stop: StopSignals) -> int:
     from tamis.checkpoint import ResumableError
     from tamis.losses import NonFiniteLossError
+    from tamis.settings import FlagFormatter, as_flags
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(FlagFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("tamis").setLevel(logging.INFO)
     try:
         return _run_train(options, stop) if command == "train" else _run_demo(options)
     except (NonFiniteLossError, ResumableError) as error:
-        print(f"tamis {command}: {error}", file=sys.stderr)
+        print(f"tamis {command}: {as_flags(str(error))}", file=sys.stderr)
         return 1
     except (ValueError, OSError, YAMLError) as error:
         # One line for the user; where it came from for whoever looks into it.
         logging.getLogger("tamis").debug("traceback", exc_info=True)
-        print(f"tamis {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"tamis {command}: {as_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 

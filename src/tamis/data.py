@@ -78,7 +78,7 @@ def load_rows(
     """
     named = tuple(column for column in (prompt_column, response_column) if column is not None)
     if len(set(named)) == 1:
-        raise ValueError(f"{role}: --prompt_column and --response_column go together and name two columns.")
+        raise ValueError(f"{role}: `prompt_column` and `response_column` go together and name two columns.")
     return joined(
         [
             _canonical(rows, name, named, weight_column, skipped)
@@ -128,10 +128,10 @@ def _read_source(source: str, role: str, split: str) -> Iterator[tuple[str, Rows
             name = (path.name / file.relative_to(path)).as_posix()
             yield name, _read_file(file, name)
     elif _looks_like_path(source):
-        raise ValueError(f"{source}: no such file or folder. Check --{role}.")
+        raise ValueError(f"{source}: no such file or folder. Check `{role}`.")
     else:
         name, _, config = source.partition(":")
-        with _one_line(f"{source}: no such file or folder, nor a hub data set with split {split!r}; check --{role}"):
+        with _one_line(f"{source}: no such file or folder, nor a hub data set with split {split!r}; check `{role}`"):
             dataset = load_dataset(name, config or None, split=split)
         yield source, dataset
 
@@ -321,7 +321,7 @@ def _layout(
     used = named or next((layout for layout in LAYOUTS if set(layout) <= set(found)), ())
     if not used:
         unknown = f"no known layout fits the columns {', '.join(found)}"
-        raise ValueError(f"{name}: {unknown}. Name two by --prompt_column and --response_column.")
+        raise ValueError(f"{name}: {unknown}. Name two by `prompt_column` and `response_column`.")
     for column in (*used, weight_column or used[0]):
         if not has_column(column, found):
             raise ValueError(f'{name}: there is no column "{column}"; there is {", ".join(found)}.')

@@ -76,7 +76,7 @@ def _lock(path: Path) -> int:
             owner = os.read(file, 20).decode() or "unknown"
             os.close(file)
             raise ValueError(
-                f"{path.parent} is in use by another run (process {owner}): wait for it, or choose another output_dir"
+                f"{path.parent} is in use by another run (process {owner}): wait for it, or choose another `output_dir`"
             ) from error
         except OSError as error:
             logger.warning(
@@ -102,8 +102,8 @@ def refuse_earlier_run(output_dir: str | Path) -> None:
     folder = Path(output_dir)
     if any(next(folder.glob(trace), None) for trace in ("metrics.jsonl", "checkpoint-*", *_MODEL_FILES)):
         raise ValueError(
-            f"{output_dir} holds a run already: choose another output_dir, go on with resume_from_checkpoint last, or "
-            "replace it with overwrite_output_dir"
+            f"{output_dir} holds a run already: choose another `output_dir`, go on with `resume_from_checkpoint`, "
+            "or replace it with `overwrite_output_dir=True`"
         )
 
 

@@ -289,14 +289,14 @@ def report_dropped(role: str, rows: Dataset, prepared: Dataset, max_length: int 
     num_dropped = len(rows) - len(prepared)
     too_long = f"their prompt alone is longer than max_length={max_length}"
     if num_dropped == len(rows):
-        raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise --max_length")
+        raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise `max_length`")
     if num_dropped:
         shown = ""
         if "example_id" in prepared.column_names:
             kept = _arrow_column(prepared, "example_id").combine_chunks()
             is_kept = pc.is_in(_arrow_column(rows, "example_id"), value_set=kept)
             shown = f" (first: {row_name(rows, role, pc.index(is_kept, False).as_py())})"
-        logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise --max_length")
+        logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise `max_length`")
 
 
 def row_name(dataset: Dataset, role: str, i: int) -> str:

@@ -105,7 +105,7 @@ def make_trainer(
 ) -> BilevelTrainer:
     """The trainer of a run, with its rows loaded and checked; see `train` for arguments and errors."""
     if model_args.model_name_or_path is None:
-        raise ValueError("no model: give --model_name_or_path")
+        raise ValueError("no model: give `model_name_or_path`")
     if args.selector != "column":
         of_column = ["weight_column", "source_weights"]
         named = [name for name in of_column if getattr(data, name) is not None]
@@ -195,7 +195,7 @@ def _is_finished(trainer: BilevelTrainer, resume: str | bool) -> bool:
             return False
     logger.info(
         f"{output_dir}: the run is finished, {step} of {num_steps} steps, and nothing was trained. To train on, raise "
-        "--max_steps or --num_train_epochs"
+        "`max_steps` or `num_train_epochs`"
     )
     return True
 

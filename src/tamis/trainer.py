@@ -199,7 +199,7 @@ class BilevelTrainer(RowEvaluation):
             batches = self.weighting.before_step(step, batches)
         except checkpoints.ResumableError as error:
             self._save_checkpoint(self.model, trial=None)
-            hint = f"Stopped after saving checkpoint-{step}: go on with --resume_from_checkpoint last"
+            hint = f"Stopped after saving checkpoint-{step}: go on with `resume_from_checkpoint='last'`"
             raise type(error)(f"{error}. {hint}") from error
         return self.batches.collate(batches), None
 
@@ -278,8 +278,8 @@ class BilevelTrainer(RowEvaluation):
         """Train, and leave `config.yaml`, `metrics.jsonl` and `weights.parquet` in the run directory.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one of `output_dir`. From the
-                last one of a finished run nothing is trained: the model is loaded.
+            resume_from_checkpoint: a checkpoint folder, or True or "last" for the newest complete one of `output_dir`.
+                From the last one of a finished run nothing is trained: the model is loaded.
 
         Raises:
             ValueError: see `checkpoint_to_resume`; or `output_dir` is in use, or holds a run that would be overwritten.
@@ -293,11 +293,11 @@ class BilevelTrainer(RowEvaluation):
         Raises:
             ValueError: there is none, or it belongs to a run that means something else.
         """
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = last_complete_checkpoint(self._output_dir)
-        if checkpoint:
-            checkpoints.refuse_foreign(checkpoint, self._identity)
+        if not resume_from_checkpoint:
+            return None
+        is_last = resume_from_checkpoint in (True, "last")
+        checkpoint = last_complete_checkpoint(self._output_dir) if is_last else str(resume_from_checkpoint)
+        checkpoints.refuse_foreign(checkpoint, self._identity)
         return checkpoint
 
     def _train(self, resume: str | None, *others: Any) -> TrainOutput:
