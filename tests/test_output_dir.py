@@ -10,6 +10,7 @@ import yaml
 from conftest import lora, message_of, pairs, parameters, read_jsonl
 from safetensors.torch import load_file
 
+from tamis.cli import main
 from tamis.output_dir import LOCK_FILE, claimed, refuse_busy
 
 MIXING = {"selector": "none", "rho": 0.0}
@@ -44,6 +45,14 @@ def test_a_second_process_is_refused_until_the_first_is_dead(holder, bilevel, tm
     holder.wait()
     trainer.train()
     assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_the_command_is_refused_before_it_reads_anything(holder, tmp_path, capfd):
+    settings = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--selector", "none"]
+    for extra in ([], ["--resume_from_checkpoint", "last"], ["--overwrite_output_dir"]):
+        rows = ["--train_dataset", "none.jsonl", "--model_name_or_path", "no/such-model"]
+        assert main(["train", *rows, *settings, *extra]) == 2
+        assert f"in use by another run (process {holder.pid})" in capfd.readouterr().err
 
 
 def test_a_directory_may_be_claimed_within_its_claim(tmp_path):

@@ -212,13 +212,15 @@ class StopAfterStep(TrainerCallback):
         self._trainer, self._stop = trainer, stop
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._stop.hint = ", within a step: go on from the last checkpoint with --resume_from_checkpoint last"
         self._stop.hold()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        received = torch.tensor(self._stop.received or 0, device=args.device)
+        self._signum = self._stop.received or 0
         if args.world_size > 1:
+            received = torch.tensor(self._signum, device=args.device)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        self._signum = int(received)
+            self._signum = int(received)
         if self._signum:
             control.should_save = True
 
