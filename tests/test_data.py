@@ -251,7 +251,7 @@ def test_prompts_end_on_a_token_boundary(tmp_path):
 def test_missing_file(tmp_path):
     for name in ("no.jsonl", "no", "sub/dir/no"):
         text = message_of(lambda name=name: load(tmp_path / name))
-        assert "no such file or folder. Check --train_dataset." in text and name in text
+        assert "no such file or folder. Check `train_dataset`." in text and name in text
     assert "no such file or folder" in message_of(lambda: load(""))
     assert message_of(lambda: load("no_such_file.json")).startswith("no_such_file.json: no such file or folder.")
 
@@ -264,7 +264,7 @@ def test_hub_failure_is_one_line(monkeypatch, name):
     monkeypatch.setattr("tamis.data.load_dataset", load_dataset)
     text = message_of(lambda: load(name))
     assert text.startswith(
-        f"{name}: no such file or folder, nor a hub data set with split 'train'; check --train_dataset ("
+        f"{name}: no such file or folder, nor a hub data set with split 'train'; check `train_dataset` ("
     )
     assert text.endswith("(ConnectionError: Couldn't reach the hub).")
 
@@ -349,11 +349,11 @@ def test_unknown_layout_and_columns(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"q": "a", "a": "b"}])
     text = message_of(lambda: load(path))
     assert text.startswith("a.jsonl: no known layout fits the columns q, a.")
-    assert "--prompt_column and --response_column" in text
+    assert "`prompt_column` and `response_column`" in text
     assert 'no column "b"; there is q, a' in message_of(lambda: load(path, prompt_column="q", response_column="b"))
     named = {"prompt_column": "q", "response_column": "a"}
     assert 'no column "w"; there is q, a' in message_of(lambda: load(path, **named, weight_column="w"))
-    assert "train_dataset: --prompt_column" in message_of(lambda: load(path, prompt_column="q"))
+    assert "train_dataset: `prompt_column`" in message_of(lambda: load(path, prompt_column="q"))
     assert "name two columns" in message_of(lambda: load(path, prompt_column="q", response_column="q"))
 
 

@@ -345,9 +345,9 @@ def test_prompts_that_fill_max_length_are_dropped_and_named(bilevel, caplog):
     assert "train_dataset: 1 of 6 rows dropped" in caplog.text and "first: train_dataset, row 3" in caplog.text
     trainer.train()
     assert trainer.weighting.row_weights.num_updates_N[3] == 0 and 3 not in trainer.train_dataset["example_id"]
-    with pytest.raises(ValueError, match=r"train_dataset: all 1 rows .* Raise --max_length"):
+    with pytest.raises(ValueError, match=r"train_dataset: all 1 rows .* Raise `max_length`"):
         bilevel([train[3]], pairs(4, 95), max_length=20)
-    with pytest.raises(ValueError, match=r"validation_dataset: all 1 rows .* Raise --max_length"):
+    with pytest.raises(ValueError, match=r"validation_dataset: all 1 rows .* Raise `max_length`"):
         bilevel(pairs(4), [train[3]], max_length=20)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from yaml import YAMLError
 
+from tamis.stopping import Stopped, StopSignals
+
 USAGE = """usage: tamis COMMAND [options]
 
   train   fine-tune a model on doubtful rows under the guidance of trusted ones; learns a weight for every row
@@ -66,28 +68,40 @@ def main(argv: list[str] | None = None) -> int:
     if command not in ("train", "demo"):
         print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
         return 2
+    try:
+        with StopSignals() as stop:
+            return _run(command, options, stop)
+    except Stopped as stopped:
+        print(f"tamis {command}: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+
+
+def _run(command: str, options: list[str], stop: StopSignals) -> int:
     from tamis.checkpoint import ResumableError
     from tamis.losses import NonFiniteLossError
+    from tamis.settings import FlagFormatter, as_flags
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(FlagFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("tamis").setLevel(logging.INFO)
     try:
-        return _run_train(options) if command == "train" else _run_demo(options)
+        return _run_train(options, stop) if command == "train" else _run_demo(options)
     except (NonFiniteLossError, ResumableError) as error:
-        print(f"tamis {command}: {error}", file=sys.stderr)
+        print(f"tamis {command}: {as_flags(str(error))}", file=sys.stderr)
         return 1
     except (ValueError, OSError, YAMLError) as error:
         # One line for the user; where it came from for whoever looks into it.
         logging.getLogger("tamis").debug("traceback", exc_info=True)
-        print(f"tamis {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"tamis {command}: {as_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 
-def _run_train(options: list[str]) -> int:
+def _run_train(options: list[str], stop: StopSignals) -> int:
     from tamis.run import train
 
     data, args, model_args = make_train_parser().parse_args_and_config(options)
-    metrics = train(data, args, model_args)
+    metrics = train(data, args, model_args, stop=stop)
     for name in ("eval_loss", "eval_teacher_forced_match"):
         if name in metrics:
             print(f"{name} {metrics[name]:.4f}")

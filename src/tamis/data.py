@@ -18,12 +18,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
-from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, place_in_file
+from tamis.bad_rows import BadRow, RowSieve
+from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, has_column, place_in_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def load_rows(
     prompt_column: str | None = None,
     response_column: str | None = None,
     weight_column: str | None = None,
+    skipped: list[dict[str, Any]] | None = None,
 ) -> Dataset:
     """Load and check the rows that `source` names, in order, in one of TRL's formats.
 
@@ -65,8 +66,11 @@ def load_rows(
             folder of them, a folder written by `Dataset.save_to_disk`, or a hub name, NAME or NAME:CONFIG.
         role: the flag it came from, `train_dataset`, `validation_dataset` or `eval_dataset`; used in messages.
         split: the split of a folder or a hub data set; a single file has none and is read whole.
-        prompt_column, response_column: the columns of a pair where their names are not customary.
-        weight_column: a column of finite weights >= 0, one for each row.
+        prompt_column, response_column: the columns of a pair where their names are not customary. A dot leads into
+            an object: `meta.answer`.
+        weight_column: a column of finite weights >= 0, one for each row; as there.
+        skipped: a list that gets the bad rows, see `tamis.bad_rows.RowSieve`, instead of an error on the first. They
+            are left out, and the others keep their `row`. A file that cannot be read at all stays an error.
 
     Raises:
         ValueError: nothing is there, it cannot be read, no layout is recognised, or a row fails a check of
@@ -74,14 +78,38 @@ def load_rows(
     """
     named = tuple(column for column in (prompt_column, response_column) if column is not None)
     if len(set(named)) == 1:
-        raise ValueError(f"{role}: --prompt_column and --response_column go together and name two columns.")
-    parts = [_canonical(rows, name, named, weight_column) for name, rows in _read_source(str(source), role, split)]
+        raise ValueError(f"{role}: `prompt_column` and `response_column` go together and name two columns.")
+    return joined(
+        [
+            _canonical(rows, name, named, weight_column, skipped)
+            for name, rows in _read_source(str(source), role, split)
+        ],
+        str(source),
+    )
+
+
+def joined(parts: list[pa.Table], name: str) -> Dataset:
+    """One data set of the rows of several files.
+
+    Raises:
+        ValueError: their layouts differ.
+    """
     for part in parts:
         if set(part.column_names) != set(parts[0].column_names):
             raise ValueError(
                 f"{part['source'][0]}: not the layout of {parts[0]['source'][0]}. Give all files the same."
             )
-    table = _one_table(parts, str(source))
+    table = _one_table(parts, name)
+    return Dataset(table, fingerprint=_digest(table))
+
+
+def rows_of(dataset: Dataset, role: str) -> Dataset:
+    """The rows of a data set in memory, as `load_rows` gives those of a file; a column `weight` is kept.
+
+    Raises:
+        ValueError: see `load_rows`.
+    """
+    table = _canonical(dataset, role, (), "weight" if "weight" in dataset.column_names else None)
     return Dataset(table, fingerprint=_digest(table))
 
 
@@ -100,10 +128,10 @@ def _read_source(source: str, role: str, split: str) -> Iterator[tuple[str, Rows
             name = (path.name / file.relative_to(path)).as_posix()
             yield name, _read_file(file, name)
     elif _looks_like_path(source):
-        raise ValueError(f"{source}: no such file or folder. Check --{role}.")
+        raise ValueError(f"{source}: no such file or folder. Check `{role}`.")
     else:
         name, _, config = source.partition(":")
-        with _one_line(f"{source}: no such file or folder, nor a hub data set with split {split!r}; check --{role}"):
+        with _one_line(f"{source}: no such file or folder, nor a hub data set with split {split!r}; check `{role}`"):
             dataset = load_dataset(name, config or None, split=split)
         yield source, dataset
 
@@ -195,10 +223,12 @@ def _parse_json_lines(lines: Iterator[str], name: str) -> Iterator[dict[str, Any
         first, text = (i, line.removesuffix("\n")) if num_blank == 0 else (i - num_blank, "")
         try:
             row = json.loads(text)
+            _check_object(row, name, i, _HALF_A_PAIR.search(text) is not None)
         except json.JSONDecodeError as error:
             where = f"row {first} (line {first + 1}), which must be one whole object"
-            raise ValueError(f"{name}, {where}: {_not_json(error)}") from error
-        _check_object(row, name, i, _HALF_A_PAIR.search(text) is not None)
+            row = BadRow(f"{name}, {where}: {_not_json(error)}", line)
+        except ValueError as error:
+            row = BadRow(str(error), line)
         yield row
 
 
@@ -227,40 +257,60 @@ def _parse_csv(lines: Iterator[str], name: str, delimiter: str) -> Iterator[dict
             raise csv.Error(f"a column is named twice in the header {', '.join(header)}")
         for row in reader:
             if row and len(row) != len(header):
-                raise csv.Error(f"{len(row)} values for {len(header)} columns")
-            if row:
+                error = f"{len(row)} values for {len(header)} columns"
+                yield BadRow(_not_csv(name, num_rows, reader.line_num, error), delimiter.join(row))
+            elif row:
                 yield dict(zip(header, row, strict=True))
-                num_rows += 1
+            num_rows += bool(row)
     except csv.Error as error:
-        where = f"{name}, row {num_rows} (line {reader.line_num})"
-        raise ValueError(f"{where}: {error}. Check the separators and the quotes.") from error
+        raise ValueError(_not_csv(name, num_rows, reader.line_num, error)) from error
 
 
-def _canonical(rows: Rows, name: str, named: tuple[str, ...], weight_column: str | None) -> pa.Table:
+def _not_csv(name: str, row: int, line: int, error: csv.Error | str) -> str:
+    return f"{name}, row {row} (line {line}): {error}. Check the separators and the quotes."
+
+
+def _canonical(
+    rows: Rows,
+    name: str,
+    named: tuple[str, ...],
+    weight_column: str | None,
+    skipped: list[dict[str, Any]] | None = None,
+) -> pa.Table:
     """Check the rows of one file under its own column names, then bring them into the columns of `load_rows`."""
     place = partial(place_in_file, name)
-    check, tables, weights = ContentCheck(place), list[pa.Table](), list[Any]()
+    check, sieve = ContentCheck(place), RowSieve(name, place, skipped, weight_column)
+    tables, weights, row_numbers = list[pa.Table](), list[Any](), list[int]()
     found, used = dict[str, None](), tuple[str, ...]()
     for batch in batches(rows):
         found |= dict.fromkeys(chain.from_iterable(batch) if isinstance(batch, list) else batch.column_names)
+        if not found:  # rows that could not be read have no columns
+            sieve.good_places(batch, {"": [None] * len(batch)}, None, {"": ""}, check)
+            continue
         used = _layout(list(found), named, weight_column, name, before=used)
         names = dict(zip(used if used == ("text",) else KINDS[len(used)], used, strict=True))
         columns = {kind: column_values(batch, column) for kind, column in names.items()}
         if "messages" in columns:
             columns["messages"] = [_chatml(messages) for messages in columns["messages"]]
-        if weight_column is not None:
-            weights += column_values(batch, weight_column)
-        if check.add(columns, names):
+        batch_weights = None if weight_column is None else column_values(batch, weight_column)
+        first = check.num_rows
+        kept = sieve.good_places(batch, columns, batch_weights, names, check)
+        if batch_weights is not None:
+            weights += [batch_weights[i] for i in kept]
+        row_numbers += [first + i for i in kept]
+        if kept and check.is_good:
+            columns = {kind: [values[i] for i in kept] for kind, values in columns.items()}
             with _one_line(f"{name}: the rows do not fit into one table"):
                 tables.append(pa.table(_with_whole_prompts(columns, is_verbatim=used == LAYOUTS[0])))
     if check.num_rows == 0:
         raise ValueError(f"{name}: there are no rows. Give a file with at least one row.")
-    logger.info("%s: %d rows from the columns %s of %s", name, check.num_rows, ", ".join(used), ", ".join(found))
+    sieve.report(check.num_rows)
+    logger.info("%s: %d rows from the columns %s of %s", name, len(row_numbers), ", ".join(used), ", ".join(found))
     check.finish()
     table = _one_table(tables, name)
     if weight_column is not None:
         table = table.append_column("weight", pa.array(check_weights(weights, weight_column, place)))
-    table = table.append_column("row", pa.array(np.arange(len(table))))
+    table = table.append_column("row", pa.array(row_numbers, pa.int64()))
     return table.append_column("source", pa.repeat(name, len(table)))
 
 
@@ -271,9 +321,9 @@ def _layout(
     used = named or next((layout for layout in LAYOUTS if set(layout) <= set(found)), ())
     if not used:
         unknown = f"no known layout fits the columns {', '.join(found)}"
-        raise ValueError(f"{name}: {unknown}. Name two by --prompt_column and --response_column.")
+        raise ValueError(f"{name}: {unknown}. Name two by `prompt_column` and `response_column`.")
     for column in (*used, weight_column or used[0]):
-        if column not in found:
+        if not has_column(column, found):
             raise ValueError(f'{name}: there is no column "{column}"; there is {", ".join(found)}.')
     if before and set(used) - set(before) - {"input"}:  # rows without an input may come first
         change = f"the first rows have the columns {', '.join(before)}, later ones {', '.join(used)}"

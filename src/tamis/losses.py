@@ -42,7 +42,7 @@ def stop_if_not_finite(loss_B: Tensor, name_of: Callable[[int], str], step: int)
     raise NonFiniteLossError(
         f"step {step + 1}: the loss is not finite on {', '.join(map(name_of, bad[:8]))}"
         f"{', ...' if len(bad) > 8 else ''}. Stopped before the optimizer step; the last checkpoint is intact. "
-        "Look at the named rows; if every row is affected, lower --learning_rate."
+        "Look at the named rows; if every row is affected, lower `learning_rate`."
     )
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from json.encoder import encode_basestring
@@ -72,8 +72,26 @@ def batches(rows: Rows) -> Iterator[list[dict[str, Any]] | Dataset]:
 
 
 def column_values(batch: list[dict[str, Any]] | Dataset, column: str) -> list[Any]:
-    """Return the values of one column as Python objects."""
-    return [row.get(column) for row in batch] if isinstance(batch, list) else batch.with_format(None)[column][:]
+    """Return the values of one column as Python objects; a dot in its name leads into an object, `meta.answer`."""
+    if isinstance(batch, list):
+        return [_value_at(row, column) for row in batch]
+    root = column if column in batch.column_names else column.partition(".")[0]
+    values = batch.with_format(None)[root][:]
+    return values if root == column else [_value_at({root: value}, column) for value in values]
+
+
+def has_column(column: str, found: Collection[str]) -> bool:
+    """Whether a name is that of a column, or leads into one."""
+    return column in found or column.partition(".")[0] in found
+
+
+def _value_at(row: dict[str, Any], column: str) -> Any:
+    if column in row or "." not in column:
+        return row.get(column)
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 class ContentCheck:
@@ -86,7 +104,7 @@ class ContentCheck:
     def __init__(self, place: Callable[[int], str]):
         self.place = place
         self.num_rows = 0
-        self._are_lists = False  # what all prompts and responses have to be: told by the very first value
+        self._are_lists: bool | None = None  # what all prompts and responses have to be: told by the first value
         self._bad: dict[str, list[tuple[int, str]]] = {}
 
     def add(self, columns: Mapping[str, list[Any]], names: Mapping[str, str]) -> bool:
@@ -97,15 +115,30 @@ class ContentCheck:
             names: what the file calls each of these columns.
         """
         first = next(iter(columns.values()))
-        if self.num_rows == 0:
-            self._are_lists = isinstance(first[0], list)
+        value = next((value for value in first if value is not None), None)
+        if self._are_lists is None and value is not None:
+            self._are_lists = isinstance(value, list)
         for kind, column in columns.items():
             bad = self._bad.setdefault(names[kind], [])
             for i, value in enumerate(column, start=self.num_rows):
-                if problem := _problem(value, kind, self._are_lists):
+                if problem := _problem(value, kind, bool(self._are_lists)):
                     bad.append((i, problem))
         self.num_rows += len(first)
+        return self.is_good
+
+    @property
+    def is_good(self) -> bool:
+        """Whether no bad value has been found."""
         return not any(self._bad.values())
+
+    def take_bad(self) -> dict[int, str]:
+        """The bad rows that have been found, each with its problem; from then on they are none."""
+        found: dict[int, str] = {}
+        for name, bad in self._bad.items():
+            for i, problem in bad:
+                found.setdefault(i, f'{self.place(i)}, column "{name}": {problem}.')
+        self._bad = {}
+        return found
 
     def finish(self) -> None:
         """Raise ValueError on the first bad value."""
@@ -174,6 +207,11 @@ def _as_json(value: Any) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """16 hex digits of what a row says."""
+    return _digest(_as_json(dict(content)))
 
 
 def fingerprint(hashes: Sequence[str]) -> str:
@@ -251,14 +289,14 @@ def report_dropped(role: str, rows: Dataset, prepared: Dataset, max_length: int 
     num_dropped = len(rows) - len(prepared)
     too_long = f"their prompt alone is longer than max_length={max_length}"
     if num_dropped == len(rows):
-        raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise --max_length")
+        raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise `max_length`")
     if num_dropped:
         shown = ""
         if "example_id" in prepared.column_names:
             kept = _arrow_column(prepared, "example_id").combine_chunks()
             is_kept = pc.is_in(_arrow_column(rows, "example_id"), value_set=kept)
             shown = f" (first: {row_name(rows, role, pc.index(is_kept, False).as_py())})"
-        logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise --max_length")
+        logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise `max_length`")
 
 
 def row_name(dataset: Dataset, role: str, i: int) -> str:

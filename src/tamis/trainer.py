@@ -9,11 +9,14 @@ Shape suffixes: B rows of a micro-batch, training rows first; L its training row
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput
@@ -24,6 +27,13 @@ from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets
 from tamis.losses import fused_forward, stop_if_not_finite
+from tamis.output_dir import (
+    announce_users_files,
+    claimed,
+    refuse_earlier_run,
+    remove_earlier_run,
+    users_card_kept,
+)
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
 from tamis.rows import attach_example_ids, fingerprint, report_dropped, row_name, row_table
 from tamis.selection.selectors import Selector
@@ -48,10 +58,13 @@ class BilevelTrainer(RowEvaluation):
     Args:
         model, processing_class, peft_config, ...: as in [`~trl.SFTTrainer`].
         args: settings; `BilevelConfig` documents what is not TRL's.
-        train_dataset: the rows to weigh, in any text format of TRL. A column ``weight`` is read by ``column``.
-        validation_dataset: the rows that are trusted. May be None only where the selector needs none.
+        train_dataset: the rows to weigh, in any text format of TRL, with customary columns such as Alpaca's, or as
+            ``input_ids``; of a `DatasetDict` the split ``train``. A column ``weight`` is read by ``column``.
+        validation_dataset: the rows that are trusted, of a `DatasetDict` the split ``validation``. May be None only
+            where the selector needs none.
         eval_dataset: held-out rows, never trained on, never used for selection; or a dict of several such data sets,
             by name. `tamis.evaluation.RowEvaluation` documents the metrics.
+        formatting_func: makes the text of a row, as in [`~trl.SFTTrainer`].
         selector: a name of `BilevelConfig.selector`, or a `tamis.Selector` of your own; that of ``args`` when None.
 
     Raises:
@@ -82,8 +95,8 @@ class BilevelTrainer(RowEvaluation):
         model: Any,
         args: BilevelConfig,
         *,
-        train_dataset: Dataset,
-        validation_dataset: Dataset | None = None,
+        train_dataset: Dataset | DatasetDict,
+        validation_dataset: Dataset | DatasetDict | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         selector: str | Selector | None = None,
         **kwargs: Any,
@@ -94,10 +107,20 @@ class BilevelTrainer(RowEvaluation):
         if isinstance(selector, str):
             args.selector, selector = selector, None  # type: ignore[assignment]
         check_available(args, selector)
-        datasets = named_datasets(train_dataset, validation_dataset, eval_dataset)
+        formatting_func = kwargs.pop("formatting_func", None)
+        if formatting_func is not None and args.completion_only_loss:
+            raise ValueError(
+                "completion_only_loss has no completion to find in the text of formatting_func: leave it out"
+            )
+        datasets = named_datasets(train_dataset, validation_dataset, eval_dataset, formatting_func)
+        train_dataset = datasets["train_dataset"]
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: datasets[f"eval_dataset[{name!r}]"] for name in eval_dataset}
+        else:
+            eval_dataset = datasets.get("eval_dataset")
         has_validation, has_weight = validation_dataset is not None, "weight" in train_dataset.column_names
         args.check(has_validation=has_validation, has_weight=has_weight, selector=selector)
-        self.resolved = args.resolve(selector)
+        self.resolved = args.resolve(selector, has_validation=has_validation)
         if not args.uses_validation(selector):
             datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)
@@ -117,9 +140,10 @@ class BilevelTrainer(RowEvaluation):
         rows = PreparedRows(self.train_dataset)
         validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
         self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
-        # What `config.yaml` gets: the command line adds the model and the files, see `tamis.run`.
+        # What the run directory gets: the command line adds the model, the files and their bad rows, see `tamis.run`.
         self.config_settings = args.given_settings
-        self.recorder = Recorder(str(args.output_dir)) if self.accelerator.is_main_process else None
+        self.skipped_rows: list[dict[str, Any]] = []
+        self.recorder = Recorder(self._output_dir) if self.accelerator.is_main_process else None
         self.weighting = RowWeighting(
             args,
             self.resolved,
@@ -133,13 +157,17 @@ class BilevelTrainer(RowEvaluation):
             batches=self.batches,
             recorder=self.recorder,
         )
-        self.weighting.plan(self._num_steps())
+        self.weighting.plan(self.num_steps())
         name, num_ranks = args.selector if selector is None else type(selector).__name__, args.world_size
         self._identity = checkpoints.identify(args, self.resolved, self._fingerprints, name, num_ranks)
 
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    @property
+    def _output_dir(self) -> str:
+        return str(self.args.output_dir)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -171,7 +199,7 @@ class BilevelTrainer(RowEvaluation):
             batches = self.weighting.before_step(step, batches)
         except checkpoints.ResumableError as error:
             self._save_checkpoint(self.model, trial=None)
-            hint = f"Stopped after saving checkpoint-{step}: go on with --resume_from_checkpoint last"
+            hint = f"Stopped after saving checkpoint-{step}: go on with `resume_from_checkpoint='last'`"
             raise type(error)(f"{error}. {hint}") from error
         return self.batches.collate(batches), None
 
@@ -228,6 +256,17 @@ class BilevelTrainer(RowEvaluation):
                 self._metrics["train"][name].append(value)
         return loss
 
+    @property
+    def row_weights(self) -> dict[str, list[Any] | np.ndarray[Any, Any]]:
+        """What is known of every training row, in order, for `pandas.DataFrame` and the like.
+
+        Columns: ``row`` and ``source`` (its place and file, or its place in the data set and None), ``weight`` (mean
+        one) and ``p_right`` (NaN where it is not known). `weights.parquet` has more.
+        """
+        columns = self.weighting.columns()
+        names = {name: self._row_table[name].to_pylist() for name in ("row", "source")}
+        return names | {name: columns[name] for name in ("weight", "p_right")}
+
     # --- what a run leaves behind -----------------------------------------------------------------------------------
 
     def train(
@@ -239,25 +278,51 @@ class BilevelTrainer(RowEvaluation):
         """Train, and leave `config.yaml`, `metrics.jsonl` and `weights.parquet` in the run directory.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one of `output_dir`.
+            resume_from_checkpoint: a checkpoint folder, or True or "last" for the newest complete one of `output_dir`.
+                From the last one of a finished run nothing is trained: the model is loaded.
+
+        Raises:
+            ValueError: see `checkpoint_to_resume`; or `output_dir` is in use, or holds a run that would be overwritten.
         """
-        resume = resume_from_checkpoint or None
-        if resume is True:
-            resume = last_complete_checkpoint(str(self.args.output_dir))
-        if resume:
-            checkpoints.refuse_foreign(resume, self._identity)
+        with claimed(self._output_dir) if self.recorder else nullcontext():
+            return self._train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
+
+    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint that `train` would go on from.
+
+        Raises:
+            ValueError: there is none, or it belongs to a run that means something else.
+        """
+        if not resume_from_checkpoint:
+            return None
+        is_last = resume_from_checkpoint in (True, "last")
+        checkpoint = last_complete_checkpoint(self._output_dir) if is_last else str(resume_from_checkpoint)
+        checkpoints.refuse_foreign(checkpoint, self._identity)
+        return checkpoint
+
+    def _train(self, resume: str | None, *others: Any) -> TrainOutput:
         announcements = [*self.resolved.announcements, *self.weighting.announcements]
         for line in announcements:
             logger.info(line)
         if self.recorder:
+            if not resume or Path(resume).resolve().parent != Path(self._output_dir).resolve():
+                (remove_earlier_run if self.args.overwrite_output_dir else refuse_earlier_run)(self._output_dir)
+            announce_users_files(self._output_dir)
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, announcements))
+            self.recorder.write_skipped(self.skipped_rows)
             self.recorder.rewind(checkpoint_step(resume) if resume else 0)
-        output = super().train(resume, trial, ignore_keys_for_eval)
+        output = super().train(resume, *others)
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best and not self.args.save_only_model:
             self.weighting.load_state_dict(checkpoints.load_state(best)[0])  # the model is that of this checkpoint
         self._write_weights()
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -292,8 +357,14 @@ class BilevelTrainer(RowEvaluation):
             self.weighting.load_state_dict(state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.weighting.left_out_of_saving():
+        with self.weighting.left_out_of_saving(), users_card_kept(output_dir or self._output_dir):
             super()._save(output_dir, state_dict)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """See [`~trl.SFTTrainer`]; a `README.md` of the user stays."""
+        if self.recorder:
+            with users_card_kept(self._output_dir):
+                super().create_model_card(*args, **kwargs)
 
     def _write_weights(self) -> None:
         if self.recorder:

@@ -10,7 +10,7 @@ from accelerate.utils import ParallelismConfig, parse_flag_from_env
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
-_PACKING = "packing joins rows, and a joined row has no weight of its own: set --packing false"
+_PACKING = "packing joins rows, and a joined row has no weight of its own: set `packing=False`"
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")  # and all whose name ends in "layerwise"
 _OF_LOADERS = ("dispatch_batches", "even_batches", "use_seedable_sampler")
 
@@ -24,7 +24,7 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
     ),
     "loss_type": (
         lambda args: args.loss_type not in ("nll", "chunked_nll"),
-        "loss_type '{value}' has no per-row log-likelihood: use --loss_type nll",
+        "loss_type '{value}' has no per-row log-likelihood: use `loss_type='nll'`",
     ),
     "label_smoothing_factor": (
         lambda args: args.label_smoothing_factor,
@@ -41,12 +41,12 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
     ),
     "auto_find_batch_size": (
         lambda args: args.auto_find_batch_size,
-        "auto_find_batch_size starts a run over whose scores have moved: find a --per_device_train_batch_size that "
+        "auto_find_batch_size starts a run over whose scores have moved: find a `per_device_train_batch_size` that "
         "fits and leave it off",
     ),
     "enable_jit_checkpoint": (
         lambda args: args.enable_jit_checkpoint,
-        "enable_jit_checkpoint may save between the step of the scores and that of the model: set --save_steps instead",
+        "enable_jit_checkpoint may save between the step of the scores and that of the model: set `save_steps` instead",
     ),
     "optim": (
         lambda args: _plain(args.optim).endswith("layerwise") or _plain(args.optim) in _STEPS_IN_BACKWARD,
@@ -82,8 +82,6 @@ NO_EFFECT: dict[str, list[str]] = {
 REFUSED_ARGUMENTS: dict[str, str] = {
     "compute_loss_func": "compute_loss_func replaces the loss of a batch, and the loss of every row is needed: leave "
     "it out",
-    "formatting_func": 'formatting_func: apply it first, dataset.map(lambda row: {"text": formatting_func(row)}), and '
-    "keep the column text alone",
 }
 
 

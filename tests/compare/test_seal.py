@@ -49,7 +49,7 @@ def test_the_upper_level_is_all_in_the_first_epoch_and_less_in_each_other(task, 
 
     monkeypatch.setattr(seal.SealTrainer, "compute_loss", compute_loss)
     args = BilevelConfig(str(tmp_path / "run"), **COMMON, **seal.ONE_STAGE)
-    data = DataArguments(str(task.train_file), str(task.validation_file))
+    data = DataArguments([str(task.train_file)], str(task.validation_file))
     train(data, args, ModelConfig(str(task.model_dir)), seal.SealTrainer)
     assert shares == pytest.approx([1.0] * 3 + [0.97] * 3 + [0.94], abs=1e-12)
 

@@ -72,7 +72,7 @@ class AdamStep:
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]):
         states = [optimizer.state.get(p, {}) for p in parameters]
         if not any("exp_avg" in state for state in states):
-            raise ValueError("LESS follows the steps of Adam, and this optimizer has none: set --optim adamw_torch")
+            raise ValueError("LESS follows the steps of Adam, and this optimizer has none: set `optim='adamw_torch'`")
         self.first_P, self.second_P = (
             _flat([state.get(name, torch.zeros_like(p)) for p, state in zip(parameters, states, strict=True)])
             for name in ("exp_avg", "exp_avg_sq")

@@ -272,7 +272,7 @@ def base_weights_kept(model: nn.Module) -> Iterator[None]:
 def check_installed(generator: str) -> None:
     """Raise a ValueError if what the generator of that name needs is not installed."""
     if generator == "vllm" and not is_vllm_available():
-        raise ValueError("generator 'vllm' needs vLLM: pip install tamis[vllm], or leave --generator out")
+        raise ValueError("generator 'vllm' needs vLLM: pip install tamis[vllm], or leave `generator` out")
 
 
 def make_generator(
@@ -301,12 +301,12 @@ def make_generator(
     if args.vllm_mode == "server" and accelerator.num_processes > 1:
         raise ValueError(
             "a vLLM server deals completions out in equal shares, which those of the ranks are not: train on one rank, "
-            "or use --vllm_mode colocate"
+            "or use `vllm_mode='colocate'`"
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "generator 'vllm' would merge the adapter into quantized weights, which cannot be undone exactly "
-            "(huggingface/trl#6688): leave --generator out, or train without quantization"
+            "(huggingface/trl#6688): leave `generator` out, or train without quantization"
         )
     vllm = vllm_generation(
         model,
