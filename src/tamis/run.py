@@ -20,6 +20,7 @@ class DataArguments:
     Attributes:
         train_dataset, validation_dataset, eval_dataset: see `tamis.data.load_rows` for what is read.
         prompt_column, response_column, weight_column: as there.
+        prompt_template: see `tamis.prompts.Prompts`.
         train_split, validation_split, eval_split: of hub names and folders with splits.
         run_info: what `config.yaml` tells about the run it came from; ignored.
     """
@@ -34,6 +35,14 @@ class DataArguments:
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompts, if not recognised."})
     response_column: str | None = field(default=None, metadata={"help": "Column of the responses, if not recognised."})
     weight_column: str | None = field(default=None, metadata={"help": "Column of weights, for --selector column."})
+    prompt_template: str = field(
+        default="auto",
+        metadata={
+            "help": "What writes the prompts of rows without roles: 'chat' (the model's chat template), 'plain' (the "
+            "text as it is), 'alpaca', or a jinja file with a chat template. 'auto': 'chat' where the model has one, "
+            "else 'plain'."
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "Split of --train_dataset, where it has several."})
     validation_split: str = field(default="train", metadata={"help": "Split of --validation_dataset."})
     eval_split: str = field(default="train", metadata={"help": "Split of --eval_dataset."})
@@ -82,6 +91,7 @@ def make_trainer(
         model_args.model_name_or_path,
         args,
         **datasets,
+        prompt_template=data.prompt_template,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
