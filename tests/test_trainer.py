@@ -342,7 +342,7 @@ def test_prompts_that_fill_max_length_are_dropped_and_named(bilevel, caplog):
     train = [*pairs(3), {"prompt": "1" * 40, "completion": "2"}, *pairs(2, 20)]
     with caplog.at_level(logging.WARNING):
         trainer = bilevel(train, pairs(4, 95), max_length=20, max_steps=2)
-    assert "train_dataset: 1 of 6 rows dropped" in caplog.text and "first: train_dataset, row 3" in caplog.text
+    assert "train_dataset: 1 of 6 rows dropped" in caplog.text and "max_length=20: row 3. Raise" in caplog.text
     trainer.train()
     assert trainer.weighting.row_weights.num_updates_N[3] == 0 and 3 not in trainer.train_dataset["example_id"]
     with pytest.raises(ValueError, match=r"train_dataset: all 1 rows .* Raise --max_length"):

@@ -380,8 +380,9 @@ def _rewritten(dataset: Dataset, names: list[str], write: Callable[[Row], Row], 
     rest = [name for name in dataset.column_names if name not in names]
     tables, first = [], 0
     for batch in batches(dataset):
+        assert isinstance(batch, Dataset)
         written = []
-        for i, row in _enumerated_rows(batch, names):  # type: ignore[arg-type]
+        for i, row in _enumerated_rows(batch, names):
             try:
                 written.append(write(row))
             except ValueError as error:

@@ -360,7 +360,8 @@ def _by_file(rows: Dataset, role: str, places: np.ndarray[Any, Any]) -> str:
     shown = []
     for name, numbers in by_file.items():
         first = ", ".join(map(str, numbers[:3])) + (", ..." if numbers[3:] else "")
-        shown.append(f"{name} {len(numbers)} (row{'s' if numbers[1:] else ''} {first})")
+        first = f"row{'s' if numbers[1:] else ''} {first}"
+        shown.append(f"{name} {len(numbers)} ({first})" if is_ours else first)
     return "; ".join(shown)
 
 
