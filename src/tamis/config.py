@@ -331,7 +331,10 @@ class BilevelConfig(SFTConfig):
         warn_without_effect(given, self._inactive(name, is_static, selector) | NO_EFFECT)
         if self.push_to_hub:
             rows = ", and refinements.parquet with prompts and responses of rows" if self.refines else ""
-            logger.warning(f"push_to_hub uploads the whole of output_dir: also config.yaml and weights.parquet{rows}")
+            logger.warning(
+                f"push_to_hub uploads the whole of output_dir: also config.yaml, weights.parquet, "
+                f"inference_example.py with a held-out row{rows}"
+            )
 
     def _refuse_bad_values(self) -> None:
         for name in ("rho", "rho_start", "rho_decay_ratio", "refine_fraction", "generation_top_p"):

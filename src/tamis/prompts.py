@@ -84,9 +84,8 @@ class Prompts:
         self.template, self._args, self.processing_class = template, args, processing_class
         self.joiner, self.reason = "\n\n", "as given"
         self.splits = False
-        train = datasets["train_dataset"]
-        self._content = content_columns(train, "train_dataset")
-        self.has_roles = is_conversational(train)
+        self._content = content_columns(datasets["train_dataset"], "train_dataset")
+        self.has_roles = any(map(is_conversational, datasets.values()))
         file_text = _read(template, args.chat_template_path)
         if self._content == ["text"] or (template is None and not self.has_roles):
             if template not in (None, "auto"):

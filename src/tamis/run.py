@@ -8,6 +8,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from tamis.config import BilevelConfig
 from tamis.data import load_rows
+from tamis.inference import show_row, write_example
 from tamis.progress import ProgressCallback, use_progress
 from tamis.settings import given_fields, warn_without_effect
 from tamis.trainer import BilevelTrainer
@@ -124,11 +125,15 @@ def train(
             "--resume_from_checkpoint last"
         )
     trainer = make_trainer(data, args, model_args, trainer_class)
+    if trainer.is_world_process_zero():
+        show_row(trainer)
     use_progress(trainer, ProgressCallback("training"))
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate() if data.eval_dataset is not None else {}
     trainer.save_model()
-    trainer.create_model_card()
+    trainer.create_model_card(model_name=output_dir.name)
+    if trainer.is_world_process_zero():
+        write_example(trainer)
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics

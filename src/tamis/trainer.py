@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from copy import copy
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
 from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
+from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets
 from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.prompts import Prompts, check_template
@@ -325,6 +327,12 @@ class BilevelTrainer(RowEvaluation):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self.weighting.left_out_of_saving():
             super()._save(output_dir, state_dict)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """See [`~trl.SFTTrainer`]; the card says how this model is asked."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            describe(self, Path(str(self.args.output_dir)) / "README.md")
 
     def _write_weights(self) -> None:
         if self.recorder:
