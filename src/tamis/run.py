@@ -105,11 +105,14 @@ def train(
     args: BilevelConfig,
     model_args: ModelConfig,
     trainer_class: type[BilevelTrainer] = BilevelTrainer,
+    *,
+    shows_row: bool = False,
 ) -> dict[str, float]:
     """One run of `tamis train`: loads and checks the rows, trains, saves; returns the metrics of the held-out rows.
 
     Args:
         trainer_class: another one, where a method of a comparison is more than settings.
+        shows_row: print the first training row to stderr, as the model sees it.
 
     Raises:
         ValueError: an input cannot work; see `tamis.data`, `tamis.rows` and `BilevelConfig.check`.
@@ -125,7 +128,7 @@ def train(
             "--resume_from_checkpoint last"
         )
     trainer = make_trainer(data, args, model_args, trainer_class)
-    if trainer.is_world_process_zero():
+    if shows_row and trainer.is_world_process_zero():
         show_row(trainer)
     use_progress(trainer, ProgressCallback("training"))
     trainer.train(resume_from_checkpoint=resume)
