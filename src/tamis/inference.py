@@ -5,6 +5,7 @@ write the prompt as training did.
 """
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from tamis.losses import evaluation_mode
 from tamis.refining.generation import closing_tokens
 from tamis.rows import row_name
 from tamis.trl_options import is_sharded
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE = "inference_example.py"
 MAX_NEW_TOKENS = 128
@@ -163,8 +166,9 @@ def answer(trainer: Any, row: dict[str, Any]) -> str:
     if isinstance(prompt, str):
         inputs = tokenizer(prompt, return_tensors="pt")
     else:
+        template = trainer.prompts.chat_template
         inputs = tokenizer.apply_chat_template(
-            prompt, tools=tools, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            prompt, tools, chat_template=template, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
     stop = {"eos_token_id": found} if (found := stop_tokens(trainer)) else {}
     with evaluation_mode(model), torch.no_grad():
@@ -177,17 +181,23 @@ def answer(trainer: Any, row: dict[str, Any]) -> str:
 def write_example(trainer: Any) -> None:
     """Write ``inference_example.py``: it asks the saved model a held-out prompt and compares with the run's answer."""
     role, rows = _asked(trainer)
-    row, folder = rows[0], Path(str(trainer.args.output_dir))
-    text = f'"""Asks the model of this run. The prompt is that of {row_name(rows, role, 0)}."""\n\n'
+    row, path = rows[0], Path(str(trainer.args.output_dir)) / EXAMPLE
+    text = f'"""Asks the model of this run. The prompt is that of {row_name(rows, role, 0)}."""\n\nimport sys\n'
     text += "from pathlib import Path\n\n" + snippet(trainer, "Path(__file__).resolve().parent", row)
-    if not is_sharded(trainer.args):
+    try:
+        found = None if is_sharded(trainer.args) else answer(trainer, row)
+    except RuntimeError as error:  # out of memory: no reason to fail a run whose model is saved
+        logger.warning(f"{EXAMPLE} cannot say what the run answers: {error}")
+        found = None
+    if found is None:
+        text = text.replace("import sys\n", "")
+    else:
         text += (
             "\n# What the run itself answered; other hardware may round differently.\n"
-            f"ANSWER = {answer(trainer, row)!r}\n"
+            f"ANSWER = {found!r}\n"
             'print("as the run" if answer == ANSWER else f"unlike the run: {ANSWER!r}", file=sys.stderr)\n'
         )
-        text = text.replace("from pathlib", "import sys\nfrom pathlib", 1)
-    write_atomically(folder / EXAMPLE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def describe(trainer: Any, card: Path) -> None:

@@ -68,6 +68,7 @@ class Prompts:
     Attributes:
         template: with ``auto`` settled; None where there is none.
         processing_class: what the trainer is to be given, with the template.
+        datasets: the data sets as the trainer is to be given them.
 
     Raises:
         ValueError: there is no such template, it cannot write the rows, or a part of a row has no place in it.
@@ -98,7 +99,9 @@ class Prompts:
         self._settle_loss(datasets)
         for role, dataset in datasets.items():
             self._refuse_parts(role, dataset)
-            self._check_rendering(role, self.rows(dataset, role))
+        self.datasets = {role: self.rows(dataset, role) for role, dataset in datasets.items()}
+        for role, dataset in self.datasets.items():
+            self._check_rendering(role, dataset)
 
     # --- which template ---------------------------------------------------------------------------------------------
 
@@ -249,7 +252,7 @@ class Prompts:
         content = row["messages"] if "messages" in row else row["prompt"]
         if isinstance(content, str):
             if self.template is None:
-                return row
+                return {"prompt": content, "completion": row["completion"]}
             turns = [
                 {"role": role, "content": text}
                 for turn in row.get("history") or []

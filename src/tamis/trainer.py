@@ -120,10 +120,7 @@ class BilevelTrainer(RowEvaluation):
         self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
         self.prompts = Prompts(prompt_template, args, datasets, model, kwargs.get("processing_class"))
         self.prompts.announce(self.resolved)
-        datasets = {
-            role: attach_example_ids(_without_ids(self.prompts.rows(dataset, role)))
-            for role, dataset in datasets.items()
-        }
+        datasets = {role: attach_example_ids(_without_ids(dataset)) for role, dataset in self.prompts.datasets.items()}
         self._train_rows = datasets["train_dataset"]
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
         kwargs["processing_class"] = self.prompts.processing_class
