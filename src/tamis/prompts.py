@@ -67,6 +67,7 @@ class Prompts:
 
     Attributes:
         template: with ``auto`` settled; None where there is none.
+        assistant_only_loss: as TRL is to have it; False too where rows are split before their last answer.
         processing_class: what the trainer is to be given, with the template.
         datasets: the data sets as the trainer is to be given them.
 
@@ -84,7 +85,7 @@ class Prompts:
     ):
         self.template, self._args, self.processing_class = template, args, processing_class
         self.joiner, self.reason = "\n\n", "as given"
-        self.splits = False
+        self.assistant_only_loss, self.splits = bool(args.assistant_only_loss), False
         self._content = content_columns(datasets["train_dataset"], "train_dataset")
         self.has_roles = any(map(is_conversational, datasets.values()))
         file_text = _read(template, args.chat_template_path)
@@ -127,9 +128,7 @@ class Prompts:
         if self.template is not None:
             resolved.announcements.append(f"prompt_template = {self.template} ({self.reason})")
         if self._content == ["messages"]:
-            resolved.announcements.append(
-                f"assistant_only_loss = {self._args.assistant_only_loss} ({self.loss_reason})"
-            )
+            resolved.announcements.append(f"assistant_only_loss = {self.assistant_only_loss} ({self.loss_reason})")
 
     def _settle_template(self, file_text: str | None) -> None:
         processing_class, path = self.processing_class, self._args.chat_template_path
@@ -187,7 +186,6 @@ class Prompts:
         args = self._args
         if args.assistant_only_loss is not None or args.completion_only_loss is False or self._content != ["messages"]:
             self.loss_reason = "as given" if args.completion_only_loss is not False else "every token is trained on"
-            args.assistant_only_loss = bool(args.assistant_only_loss)
             return
         several, last_alone = _rows_of_several_answers(datasets)
         if several and last_alone:
@@ -195,9 +193,9 @@ class Prompts:
                 f"{several[0]} trains on several answers, {last_alone[0]} on its last alone, by train or weight. Make "
                 "a row of each answer"
             )
-        args.assistant_only_loss = bool(several) and self._marks_answers()
-        self.splits = not args.assistant_only_loss
-        if args.assistant_only_loss:
+        self.assistant_only_loss = bool(several) and self._marks_answers()
+        self.splits = not self.assistant_only_loss
+        if self.assistant_only_loss:
             self.loss_reason = "every answer is trained on: the chat template marks them"
         elif several:
             self.loss_reason = "the last answer of a row is trained on"

@@ -120,6 +120,9 @@ class BilevelTrainer(RowEvaluation):
         self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
         self.prompts = Prompts(prompt_template, args, datasets, model, kwargs.get("processing_class"))
         self.prompts.announce(self.resolved)
+        if self.prompts.assistant_only_loss and not args.assistant_only_loss:
+            args = copy(args)  # of these rows alone
+            args.assistant_only_loss = True
         datasets = {role: attach_example_ids(_without_ids(dataset)) for role, dataset in self.prompts.datasets.items()}
         self._train_rows = datasets["train_dataset"]
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
