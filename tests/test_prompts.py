@@ -352,6 +352,8 @@ def test_training_flags_of_messages(trainer_of, name, model):
     rows = [{"messages": [user("a"), first, user("c"), last]}, {"messages": [user("a"), assistant("b")]}]
     expected = [row("<user>a.<assistant>b.<user>c.<assistant>", "d."), row("<user>a.<assistant>", "b.")]
     assert prepared(trainer_of(rows, model=model)) == expected
+    text = message_of(lambda: trainer_of(rows, model=model, assistant_only_loss=model == "marked"))
+    assert text.startswith("train.jsonl, row 0 (line 1) trains on its last answer alone, by train or weight, and the")
     text = message_of(lambda: trainer_of([{"messages": CONVERSATION}, *rows], model=model))
     assert text.startswith("train.jsonl, row 0 (line 1) trains on several answers, train.jsonl, row 1 (line 2) on its")
 

@@ -84,12 +84,12 @@ class Prompts:
         processing_class: Any = None,
     ):
         self.template, self._args, self.processing_class = template, args, processing_class
-        self.joiner, self.reason = "\n\n", "as given"
+        self.joiner, self.reason, self.loss_reason = "\n\n", "as given", ""
         self.assistant_only_loss, self.splits = bool(args.assistant_only_loss), False
         self._content = content_columns(datasets["train_dataset"], "train_dataset")
         self.has_roles = any(map(is_conversational, datasets.values()))
         file_text = _read(template, args.chat_template_path)
-        if self._content == ["text"] or (template is None and not self.has_roles):
+        if not self.has_roles and (template is None or self._content == ["text"]):
             if template not in (None, "auto"):
                 warn_without_effect(["prompt_template"], {"texts are trained on as they are": ["prompt_template"]})
             self.template = None
@@ -184,10 +184,17 @@ class Prompts:
     def _settle_loss(self, datasets: Mapping[str, Dataset]) -> None:
         """Responses alone, where the settings leave it open: every answer, or the last one."""
         args = self._args
-        if args.assistant_only_loss is not None or args.completion_only_loss is False or self._content != ["messages"]:
-            self.loss_reason = "as given" if args.completion_only_loss is not False else "every token is trained on"
+        if self._content != ["messages"]:
             return
         several, last_alone = _rows_of_several_answers(datasets)
+        if args.assistant_only_loss is not None or args.completion_only_loss is False:
+            self.loss_reason = "as given" if args.completion_only_loss is not False else "every token is trained on"
+            if last_alone:
+                raise ValueError(
+                    f"{last_alone[0]} trains on its last answer alone, by train or weight, and the settings on more: "
+                    "leave assistant_only_loss and completion_only_loss open"
+                )
+            return
         if several and last_alone:
             raise ValueError(
                 f"{several[0]} trains on several answers, {last_alone[0]} on its last alone, by train or weight. Make "
@@ -351,9 +358,14 @@ def _load_processing_class(model: Any, args: BilevelConfig) -> Any:
 
 
 def _rows_of_several_answers(datasets: Mapping[str, Dataset]) -> tuple[list[str], list[str]]:
-    """Names of the rows with several answers: those that train on all of them, and those that train on the last."""
+    """The rows with several answers: those that train on all of them, and those that train on the last.
+
+    The first is named, which takes a read, and the others are counted.
+    """
     several, last_alone = list[str](), list[str]()
     for role, dataset in datasets.items():
+        if "messages" not in dataset.column_names:
+            continue
         for i, messages in _enumerated(dataset, "messages"):
             answers = [message for message in messages if message["role"] == "assistant"]
             if len(answers) > 1:
