@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import message_of
 from datasets import Dataset, DatasetDict
-from tokenizers import Regex, pre_tokenizers
 
 from tamis.data import load_rows
 from tamis.rows import check_rows
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 QA = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?\n", "answer": " 6"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+TOOLS = json.dumps([TOOL])
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -46,7 +47,7 @@ def load(path, **kwargs) -> Dataset:
 def test_json_of_every_kind(tmp_path, name):
     rows = load(write(tmp_path / name, QA))
     assert rows.to_dict() == {
-        "prompt": ["2+2?\n", "3+3?\n"],
+        "prompt": ["2+2?", "3+3?\n"],
         "completion": ["4", " 6"],
         "row": [0, 1],
         "source": [name, name],
@@ -65,13 +66,24 @@ def test_json_list_compressed(tmp_path):
     [
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
         ({"prompt": "", "completion": "b"}, {"prompt": "", "completion": "b"}),
-        ({"prompt": "a", "response": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"question": "a", "answer": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"question": "a", "response": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"instruction": "a", "output": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"instruction": "a", "input": "", "output": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"instruction": "a", "input": None, "output": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"instruction": "a", "input": "x", "output": "b", "text": "t"}, {"prompt": "a\n\nx\n", "completion": "b"}),
+        ({"prompt": "a", "response": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"question": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"question": "a", "response": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"instruction": "a", "input": "", "output": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"instruction": "a", "input": None, "output": "b"}, {"prompt": "a", "completion": "b"}),
+        (
+            {"instruction": "a", "input": " x\n", "output": "b", "text": "t"},
+            {"prompt": "a", "prompt_input": " x\n", "completion": "b"},
+        ),
+        (
+            {"instruction": "a", "output": "b", "system": "s", "history": [["c", "d"]]},
+            {"prompt": "a", "completion": "b", "system": "s", "history": [["c", "d"]]},
+        ),
+        ({"instruction": "a", "output": "b", "system": " ", "history": []}, {"prompt": "a", "completion": "b"}),
+        ({"prompt": "a", "completion": "b", "tools": [TOOL]}, {"prompt": "a", "completion": "b", "tools": TOOLS}),
+        ({"conversations": CHAT, "tools": TOOLS, "system": "s"}, {"messages": CHAT, "tools": TOOLS, "system": "s"}),
+        ({"conversations": CHAT, "tools": "[]", "system": ""}, {"messages": CHAT}),
         ({"text": "a"}, {"text": "a"}),
         ({"messages": CHAT, "prompt": "a"}, {"messages": CHAT}),
         ({"conversations": CHAT}, {"messages": CHAT}),
@@ -80,16 +92,16 @@ def test_json_list_compressed(tmp_path):
         (
             {
                 "conversations": [
-                    {"from": "system", "value": "s"},
-                    {"from": "human", "value": ""},
-                    {"from": "gpt", "value": "b"},
+                    {"from": "system", "value": "s", "weight": 0},
+                    {"from": "human", "value": "", "weight": 0},
+                    {"from": "gpt", "value": "b", "weight": 1},
                 ]
             },
             {
                 "messages": [
-                    {"role": "system", "content": "s"},
-                    {"role": "user", "content": ""},
-                    {"role": "assistant", "content": "b"},
+                    {"role": "system", "content": "s", "weight": 0},
+                    {"role": "user", "content": "", "weight": 0},
+                    {"role": "assistant", "content": "b", "weight": 1},
                 ]
             },
         ),
@@ -105,7 +117,7 @@ def test_named_columns_and_weight(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"q": "a", "a": "b", "text": "t", "w": 2}, {"q": "c", "a": "d", "w": 0.5}])
     rows = load(path, prompt_column="q", response_column="a", weight_column="w")
     assert rows.to_dict() | {"row": 0, "source": 0} == {
-        "prompt": ["a\n", "c\n"],
+        "prompt": ["a", "c"],
         "completion": ["b", "d"],
         "weight": [2.0, 0.5],
         "row": 0,
@@ -119,7 +131,7 @@ def test_csv_keeps_what_is_written(tmp_path):
     text = '\ufeffquestion,answer,w\r\nname,NA,1\r\n"a ""b"",\r\nc",007,0.5\r\nday,2024-01-02,0\r\n'
     path.write_bytes(text.encode())
     rows = load(path, weight_column="w")
-    assert rows["prompt"][:] == ["name\n", 'a "b",\r\nc\n', "day\n"]
+    assert rows["prompt"][:] == ["name", 'a "b",\r\nc', "day"]
     assert rows["completion"][:] == ["NA", "007", "2024-01-02"]
     assert rows["weight"][:] == [1.0, 0.5, 0.0]
 
@@ -178,7 +190,7 @@ def test_rows_are_read_in_batches(tmp_path, monkeypatch):
     at_once = [load(path).to_dict(), load(pairs, weight_column="w").to_dict()]
     monkeypatch.setattr("tamis.rows.BATCH_SIZE", 1)
     assert [load(path).to_dict(), load(pairs, weight_column="w").to_dict()] == at_once
-    assert at_once[1]["prompt"] == ["0\n", "1\n", "2\n", "3\n", "4\n"] and at_once[1]["row"] == [0, 1, 2, 3, 4]
+    assert at_once[1]["prompt"] == ["0", "1", "2", "3", "4"] and at_once[1]["row"] == [0, 1, 2, 3, 4]
     write(pairs, [{"prompt": str(i), "response": "x" * (i % 2), "w": i - 2} for i in range(5)])
     assert message_of(lambda: load(pairs, weight_column="w")) == (
         'b.json, row 0, column "response": the response is empty. Remove the row or fill it in. '
@@ -189,7 +201,8 @@ def test_rows_are_read_in_batches(tmp_path, monkeypatch):
 def test_columns_that_only_later_rows_have(tmp_path, monkeypatch):
     monkeypatch.setattr("tamis.rows.BATCH_SIZE", 1)
     bare, whole = {"instruction": "a", "output": "b"}, {"instruction": "c", "input": "x", "output": "d"}
-    assert load(write(tmp_path / "a.jsonl", [bare, whole, bare]))["prompt"][:] == ["a\n", "c\n\nx\n", "a\n"]
+    rows = load(write(tmp_path / "a.jsonl", [bare, whole, bare]))
+    assert rows["prompt"][:] == ["a", "c", "a"] and rows["prompt_input"][:] == [None, "x", None]
     text = message_of(lambda: load(write(tmp_path / "a.jsonl", [{"text": "a"}, {"prompt": "a", "completion": "b"}])))
     assert text == (
         "a.jsonl: the first rows have the columns text, later ones prompt, completion. Give all rows the same."
@@ -224,25 +237,6 @@ def test_saved_data_set(tmp_path):
     assert load(tmp_path / "one")["prompt"][:] == ["c", "a"]
     assert load(tmp_path / "many")["source"][:] == ["many", "many"]
     assert "no split 'test', only train" in message_of(lambda: load(tmp_path / "many", split="test"))
-
-
-def test_prompts_end_on_a_token_boundary(tmp_path):
-    """Splitting the prompt alone gives a prefix of splitting prompt and completion: TRL masks by that prefix."""
-    questions, answers = ("Capital of France?", "Name one", "Name one\n"), ("Paris.", " Paris", "42", "- x")
-    rows = [{"instruction": q, "input": i, "output": a} for q in questions for i in ("", "x") for a in answers]
-    rows = load(write(tmp_path / "a.jsonl", rows))
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    qwen2 = pre_tokenizers.Split(
-        Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-            r"|\s+(?!\S)|\s+"
-        ),
-        "isolated",
-    )
-    for splitter in (gpt2, qwen2):
-        for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True):
-            alone = splitter.pre_tokenize_str(prompt)
-            assert splitter.pre_tokenize_str(prompt + completion)[: len(alone)] == alone
 
 
 # --- errors of reading ---
@@ -452,7 +446,6 @@ def test_real_alpaca(tmp_path):
     rows = load_rows(write(tmp_path / "alpaca.json", raw), role="validation_dataset")
     assert rows["row"][:] == list(range(len(raw)))
     assert rows["completion"][:] == [row["output"] for row in raw]
-    assert rows["prompt"][0] == "What is the capital of France?\n"
-    for prompt, row in zip(rows["prompt"], raw, strict=True):
-        assert prompt.startswith(row["instruction"]) and row["input"] in prompt and prompt.endswith("\n")
+    assert rows["prompt"][:] == [row["instruction"] for row in raw]
+    assert rows["prompt_input"][:] == [row["input"] if row["input"].strip() else None for row in raw]
     check_rows(rows, "validation_dataset")

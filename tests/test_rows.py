@@ -73,7 +73,7 @@ def test_check_rows_counts_across_batches(monkeypatch):
 
 def test_content_hashes_depend_on_content_alone(tmp_path):
     jsonl = load(tmp_path / "a.jsonl", QA)
-    (tmp_path / "b.csv").write_text("id,answer,question\n1,4,2+2?\n2, 6,3+3?\n")
+    (tmp_path / "b.csv").write_text('id,answer,question\n1,4,2+2?\n2, 6,"3+3?\n"\n')
     csv = load_rows(tmp_path / "b.csv", role="train_dataset")
     hashes = content_hashes(jsonl)
     assert hashes == content_hashes(csv) and fingerprint(hashes) == fingerprint(content_hashes(csv))
@@ -167,7 +167,7 @@ def test_row_table():
 def test_report_dropped_names_the_first(caplog, ids):
     rows = Dataset.from_dict({"text": list("wxyz"), "example_id": ids})
     report_dropped("eval_dataset", rows, rows.select([3, 0]), max_length=5)
-    assert "2 of 4 rows dropped" in caplog.text and "(first: eval_dataset, row 1)" in caplog.text
+    assert "2 of 4 rows dropped" in caplog.text and "max_length=5: rows 1, 2. Raise" in caplog.text
     caplog.clear()
     report_dropped("eval_dataset", rows, rows.select([3, 1, 0, 2]), max_length=5)
     assert caplog.text == ""

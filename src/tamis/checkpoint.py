@@ -32,7 +32,7 @@ _OF_ROWS = (
     "seed", "data_seed", "dataloader_drop_last", "max_length", "truncation_mode", "completion_only_loss",
     "assistant_only_loss", "chat_template_path", "eos_token", "dataset_text_field",
 )  # fmt: skip
-_RESOLVED = ("score_map", "selector_learning_rate", "scout_learning_rates", "rho_start")
+_RESOLVED = ("prompts", "score_map", "selector_learning_rate", "scout_learning_rates", "rho_start")
 
 
 class ResumableError(RuntimeError):

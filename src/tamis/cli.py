@@ -101,7 +101,7 @@ def _run_train(options: list[str], stop: StopSignals) -> int:
     from tamis.run import train
 
     data, args, model_args = make_train_parser().parse_args_and_config(options)
-    metrics = train(data, args, model_args, stop=stop)
+    metrics = train(data, args, model_args, stop=stop, shows_row=True)
     for name in ("eval_loss", "eval_teacher_forced_match"):
         if name in metrics:
             print(f"{name} {metrics[name]:.4f}")

@@ -47,6 +47,7 @@ class Resolved:
     generation_batch_size: int
     refine_start: float
     response_temperature: float
+    prompts: str | None = None  # see `tamis.prompts`
     refine_fraction: float | None  # None: as many as are likely to be wrong
 
     def __init__(self) -> None:
@@ -70,6 +71,14 @@ class BilevelConfig(SFTConfig):
     activation_checkpointing: bool | None = setting(
         None,
         "Compute activations again in the backward pass: less memory, about 20%% slower. Default: on.",
+        nargs="?",
+        const=True,
+    )
+
+    assistant_only_loss: bool | None = setting(  # type: ignore[assignment]
+        None,
+        "Train on the answers in messages alone. Default: every answer where the chat template marks them with "
+        "{%% generation %%}, else the last one. false: on every token.",
         nargs="?",
         const=True,
     )
@@ -331,7 +340,10 @@ class BilevelConfig(SFTConfig):
         warn_without_effect(given, self._inactive(name, is_static, selector) | NO_EFFECT)
         if self.push_to_hub:
             rows = ", and refinements.parquet with prompts and responses of rows" if self.refines else ""
-            logger.warning(f"push_to_hub uploads the whole of output_dir: also config.yaml and weights.parquet{rows}")
+            logger.warning(
+                f"push_to_hub uploads the whole of output_dir: also config.yaml, weights.parquet, "
+                f"inference_example.py with a held-out row{rows}"
+            )
 
     def _refuse_bad_values(self) -> None:
         for name in ("rho", "rho_start", "rho_decay_ratio", "refine_fraction", "generation_top_p"):

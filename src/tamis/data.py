@@ -23,20 +23,13 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
 from tamis.bad_rows import BadRow, RowSieve
-from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, has_column, place_in_file
+from tamis.layouts import EXTRAS, chatml, choose_columns, names_by_kind, normalized
+from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, place_in_file
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-# What is read without naming columns, first fit first: TRL's own formats, then the customary names of pairs.
-LAYOUTS: tuple[tuple[str, ...], ...] = (
-    *(("prompt", "completion"), ("messages",), ("conversations",)),
-    *(("prompt", "response"), ("question", "answer"), ("question", "response")),
-    *(("instruction", "input", "output"), ("instruction", "output"), ("text",)),
-)
-KINDS = {1: ("messages",), 2: ("prompt", "completion"), 3: ("prompt", "input", "completion")}
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def load_rows(
@@ -49,17 +42,15 @@ def load_rows(
     weight_column: str | None = None,
     skipped: list[dict[str, Any]] | None = None,
 ) -> Dataset:
-    """Load and check the rows that `source` names, in order, in one of TRL's formats.
+    """Load and check the rows that `source` names, in order.
 
     Columns of the result: `prompt` and `completion` (text, or lists of messages), or `messages`, or `text`; `row`
     (int64, index in its file, from 0); `source` (name of the file or hub data set); with `weight_column`, `weight`
-    (float64). All other columns are dropped. Values stay as they are written, NA and 007 in CSV too, except that:
-
-    - a text prompt gets a newline at its end where it has none, unless its columns are called `prompt` and
-      `completion`: TRL joins the two without a separator. One newline is a boundary in the common byte-level
-      tokenizers; a space, and in GPT-2's a second newline, merges with the start of the response;
-    - instruction and input (Alpaca) become the prompt "{instruction}\\n\\n{input}\\n", or "{instruction}\\n";
-    - ShareGPT messages (from, value) become role and content, with user for human and assistant for gpt.
+    (float64). What belongs to a prompt beside these keeps a column of its own, null where a row has none:
+    `prompt_input` (Alpaca's input), `system`, `history` (list of [user, assistant]) and `tools` (JSON). The
+    `prompt_template` of `BilevelTrainer` joins them. All other columns are dropped. Values stay as they are written,
+    NA and 007 in CSV too, except that ShareGPT messages (from, value) become role and content, with user for human
+    and assistant for gpt.
 
     Args:
         source: a .json (list of objects, or one a line), .jsonl, .csv, .tsv or .parquet file (text also with .gz), a
@@ -95,7 +86,7 @@ def joined(parts: list[pa.Table], name: str) -> Dataset:
         ValueError: their layouts differ.
     """
     for part in parts:
-        if set(part.column_names) != set(parts[0].column_names):
+        if _layout(part) != _layout(parts[0]):
             raise ValueError(
                 f"{part['source'][0]}: not the layout of {parts[0]['source'][0]}. Give all files the same."
             )
@@ -281,17 +272,17 @@ def _canonical(
     place = partial(place_in_file, name)
     check, sieve = ContentCheck(place), RowSieve(name, place, skipped, weight_column)
     tables, weights, row_numbers = list[pa.Table](), list[Any](), list[int]()
-    found, used = dict[str, None](), tuple[str, ...]()
+    found, used, names = dict[str, None](), tuple[str, ...](), dict[str, str]()
     for batch in batches(rows):
         found |= dict.fromkeys(chain.from_iterable(batch) if isinstance(batch, list) else batch.column_names)
         if not found:  # rows that could not be read have no columns
             sieve.good_places(batch, {"": [None] * len(batch)}, None, {"": ""}, check)
             continue
-        used = _layout(list(found), named, weight_column, name, before=used)
-        names = dict(zip(used if used == ("text",) else KINDS[len(used)], used, strict=True))
+        used = choose_columns(list(found), named, weight_column, name, before=used)
+        names = names_by_kind(used, list(found), weight_column)
         columns = {kind: column_values(batch, column) for kind, column in names.items()}
         if "messages" in columns:
-            columns["messages"] = [_chatml(messages) for messages in columns["messages"]]
+            columns["messages"] = [chatml(messages) for messages in columns["messages"]]
         batch_weights = None if weight_column is None else column_values(batch, weight_column)
         first = check.num_rows
         kept = sieve.good_places(batch, columns, batch_weights, names, check)
@@ -301,45 +292,24 @@ def _canonical(
         if kept and check.is_good:
             columns = {kind: [values[i] for i in kept] for kind, values in columns.items()}
             with _one_line(f"{name}: the rows do not fit into one table"):
-                tables.append(pa.table(_with_whole_prompts(columns, is_verbatim=used == LAYOUTS[0])))
+                tables.append(pa.table(normalized(columns)))
     if check.num_rows == 0:
         raise ValueError(f"{name}: there are no rows. Give a file with at least one row.")
     sieve.report(check.num_rows)
-    logger.info("%s: %d rows from the columns %s of %s", name, len(row_numbers), ", ".join(used), ", ".join(found))
+    logger.info(
+        "%s: %d rows from the columns %s of %s", name, len(row_numbers), ", ".join(names.values()), ", ".join(found)
+    )
     check.finish()
     table = _one_table(tables, name)
+    table = table.select([column for column in table.column_names if not pa.types.is_null(table[column].type)])
     if weight_column is not None:
         table = table.append_column("weight", pa.array(check_weights(weights, weight_column, place)))
     table = table.append_column("row", pa.array(row_numbers, pa.int64()))
     return table.append_column("source", pa.repeat(name, len(table)))
 
 
-def _layout(
-    found: list[str], named: tuple[str, ...], weight_column: str | None, name: str, before: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Return the columns to read of those found so far; `before`: those that were read of the rows above."""
-    used = named or next((layout for layout in LAYOUTS if set(layout) <= set(found)), ())
-    if not used:
-        unknown = f"no known layout fits the columns {', '.join(found)}"
-        raise ValueError(f"{name}: {unknown}. Name two by `prompt_column` and `response_column`.")
-    for column in (*used, weight_column or used[0]):
-        if not has_column(column, found):
-            raise ValueError(f'{name}: there is no column "{column}"; there is {", ".join(found)}.')
-    if before and set(used) - set(before) - {"input"}:  # rows without an input may come first
-        change = f"the first rows have the columns {', '.join(before)}, later ones {', '.join(used)}"
-        raise ValueError(f"{name}: {change}. Give all rows the same.")
-    return used
-
-
-def _with_whole_prompts(columns: dict[str, list[Any]], is_verbatim: bool) -> dict[str, list[Any]]:
-    """Join instruction and input, and end text prompts with a newline."""
-    prompts, inputs = columns.get("prompt", []), columns.get("input")
-    if inputs:
-        prompts = [f"{a}\n\n{b}" if b and b.strip() else a for a, b in zip(prompts, inputs, strict=True)]
-    if prompts and isinstance(prompts[0], str) and not is_verbatim:
-        prompts = [prompt if prompt.endswith("\n") else prompt + "\n" for prompt in prompts]
-    joined = {"prompt": prompts} if prompts else {}
-    return joined | {kind: column for kind, column in columns.items() if kind not in ("prompt", "input")}
+def _layout(table: pa.Table) -> set[str]:
+    return set(table.column_names) - {"prompt_input", *EXTRAS}
 
 
 def _one_table(tables: list[pa.Table], name: str) -> pa.Table:
@@ -355,13 +325,3 @@ def _digest(table: pa.Table) -> str:
         for buffer in chain.from_iterable(chunk.buffers() for chunk in column.chunks):
             digest.update(buffer or b"")
     return digest.hexdigest()
-
-
-def _chatml(messages: Any) -> Any:
-    """Turn ShareGPT's from and value into role and content; what has neither is left to the checks."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return messages
-    return [
-        {"role": SHAREGPT_ROLES.get(str(m.get("from")), m.get("from")), "content": m["value"]} if "value" in m else m
-        for m in messages
-    ]

@@ -6,7 +6,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from tamis.data import LAYOUTS, rows_of
+from tamis.data import rows_of
+from tamis.layouts import LAYOUTS
 from tamis.rows import batches, column_values, content_hash, row_name
 
 logger = logging.getLogger(__name__)
@@ -39,27 +40,36 @@ def as_rows(given: Any, role: str, formatting_func: Callable[[dict[str, Any]], s
             f"{role} must be a datasets.Dataset, got {type(given).__name__}"
             f"{streamed if isinstance(given, IterableDataset) else ''}"
         )
-    columns = set(given.column_names)
     if is_in_tokens(given):
         if formatting_func is not None:
             logger.warning(f"formatting_func has no effect on {role}: its rows are input_ids already")
         return given
     if formatting_func is not None:
-        if _FORMATS[0] <= columns:  # as in TRL
+        if _FORMATS[0] <= set(given.column_names):  # as in TRL
             raise ValueError(
                 f"formatting_func would make one text of prompt and completion in {role}: the loss would cover both, "
                 "leave it out, or rename the columns"
             )
         removed = [column for column in given.column_names if column not in _KEPT]
         return given.map(lambda row: {"text": formatting_func(row)}, remove_columns=removed)
-    if any(names <= columns for names in _FORMATS) or not any(set(layout) <= columns for layout in LAYOUTS):
+    if not has_customary_columns(given):
         return given
     rows = rows_of(given, role)
-    if {"row", "source"} <= columns:
+    if {"row", "source"} <= set(given.column_names):
         rows = rows.remove_columns(["row", "source"])
         for name in ("row", "source"):
             rows = rows.add_column(name, given.with_format(None)[name][:])
     return rows
+
+
+def has_customary_columns(given: Any) -> bool:
+    """Whether a data set has columns that are not TRL's but customary, such as Alpaca's."""
+    columns = getattr(given, "column_names", None) or ()
+    if isinstance(given, DatasetDict):
+        columns = given[_SPLITS["train_dataset"]].column_names if "train" in given else next(iter(columns.values()), ())
+    found = set(columns)
+    is_of_trl = "input_ids" in found or any(names <= found for names in _FORMATS)
+    return not is_of_trl and any(set(layout) <= found for layout in LAYOUTS)
 
 
 def _split_of(splits: DatasetDict, role: str) -> Dataset:

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from tamis.config import BilevelConfig
 from tamis.forms import as_rows, check_token_rows, is_in_tokens, token_columns
-from tamis.rows import check_overlap, check_rows, content_columns
+from tamis.rows import check_overlap, check_rows, content_columns, is_conversational
 
 _IMAGE_COLUMNS = ("image", "images")
 
@@ -80,15 +80,17 @@ def _refuse_mixed_formats(datasets: Mapping[str, Dataset], args: BilevelConfig) 
     """TRL decides by the first training row which tokens are trained on, in the other data sets too."""
     if args.completion_only_loss is False and not args.assistant_only_loss:
         return  # every token of every row
-    expected = _columns_read(datasets["train_dataset"], "train_dataset")
+    expected = _format_of(datasets["train_dataset"], "train_dataset")
     for role, dataset in datasets.items():
-        found = _columns_read(dataset, role)
+        found = _format_of(dataset, role)
         if found != expected:
             raise ValueError(
-                f"train_dataset has {' and '.join(expected)}, {role} has {' and '.join(found)}: the loss would cover "
-                "other parts of their rows. Give all data sets one format"
+                f"train_dataset has {expected}, {role} has {found}: the loss would cover other parts of their rows. "
+                "Give all data sets one format"
             )
 
 
-def _columns_read(dataset: Dataset, role: str) -> list[str]:
-    return token_columns(dataset) if is_in_tokens(dataset) else content_columns(dataset, role)
+def _format_of(dataset: Dataset, role: str) -> str:
+    names = token_columns(dataset) if is_in_tokens(dataset) else content_columns(dataset, role)
+    are_messages = names[0] == "prompt" and is_conversational(dataset)
+    return " and ".join(names) + (" as lists of messages" if are_messages else "")

@@ -22,6 +22,8 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
+# Columns that belong to a prompt beside the prompt itself; `tamis.prompts` puts them in.
+PROMPT_PARTS = ("prompt_input", "system", "history", "tools")
 MIXED = "text and lists of messages are mixed. Give all prompts and responses one form"
 BATCH_SIZE = 10_000
 Rows: TypeAlias = Iterator[dict[str, Any]] | Dataset
@@ -37,17 +39,20 @@ def check_rows(dataset: Dataset, role: str) -> list[str]:
         role: `train_dataset`, `validation_dataset` or `eval_dataset`; stands for the file where there is no `source`.
 
     Returns:
-        For each row 16 hex digits: BLAKE2b over prompt and completion, messages or text as JSON. Other columns and the
-        order of rows do not enter, nor do fields of a message that are null.
+        For each row 16 hex digits: BLAKE2b over prompt and completion, messages or text as JSON, with what belongs to
+        the prompt beside them (`PROMPT_PARTS`). Other columns and the order of rows do not enter, nor does what is
+        null.
 
     Raises:
         ValueError: no rows, no known format, a null prompt, a response without text, a value of the wrong type,
-            messages without a response, or a `weight` that is null, NaN, infinite or negative.
+            messages without a response or with training flags that cannot be honoured, or a `weight` that is null,
+            NaN, infinite or negative.
     """
     if len(dataset) == 0:
         raise ValueError(f"{role}: there are no rows. Give a data set with at least one row.")
     place = partial(row_name, dataset, role)
-    names = {name: name for name in content_columns(dataset, role)}
+    parts = [name for name in PROMPT_PARTS if name in dataset.column_names]
+    names = {name: name for name in [*content_columns(dataset, role), *parts]}
     check, hashes = ContentCheck(place), list[str]()
     for batch in batches(dataset):
         columns = {name: column_values(batch, name) for name in names}
@@ -111,17 +116,22 @@ class ContentCheck:
         """Check the next rows, and return whether all is well so far.
 
         Args:
-            columns: their prompt (input) and completion, messages or text.
+            columns: their prompt and completion, messages or text, and then the `PROMPT_PARTS` that they have.
             names: what the file calls each of these columns.
         """
-        first = next(iter(columns.values()))
+        content, first = next(iter(columns.items()))
         value = next((value for value in first if value is not None), None)
         if self._are_lists is None and value is not None:
             self._are_lists = isinstance(value, list)
+        are_lists = bool(self._are_lists)
         for kind, column in columns.items():
             bad = self._bad.setdefault(names[kind], [])
             for i, value in enumerate(column, start=self.num_rows):
-                if problem := _problem(value, kind, bool(self._are_lists)):
+                is_part = kind in PROMPT_PARTS
+                problem = (
+                    _problem_of_part(value, kind, content, are_lists) if is_part else _problem(value, kind, are_lists)
+                )
+                if problem:
                     bad.append((i, problem))
         self.num_rows += len(first)
         return self.is_good
@@ -168,7 +178,7 @@ def _problem(value: Any, kind: str, are_lists: bool) -> str | None:
     if isinstance(value, list) and kind in ("prompt", "completion", "messages"):
         return _problem_of_messages(value, kind) if are_lists else MIXED
     if value is None:
-        return None if kind == "input" else f"the {noun} is missing. Remove the row or fill it in"
+        return f"the {noun} is missing. Remove the row or fill it in"
     if kind == "messages":
         return f"{reprlib.repr(value)} is not a list of messages. Give a list of objects with role and content"
     if not isinstance(value, str):
@@ -187,8 +197,59 @@ def _problem_of_messages(messages: list[Any], kind: str) -> str | None:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             return f"the content of message {i} is {reprlib.repr(content)}, not text. Correct it"
+    if problem := _problem_of_flags(messages, kind):
+        return problem
     answered = any(message["role"] == "assistant" and (message.get("content") or "").strip() for message in messages)
     return None if answered or kind == "prompt" else "no message of the assistant has content. Remove the row"
+
+
+def training_flag(message: Mapping[str, Any]) -> Any:
+    """Whether a message says that it is trained on: `train` (Axolotl, OpenPipe) or `weight` (OpenAI); None if not."""
+    flag = message.get("train")
+    return message.get("weight") if flag is None else flag
+
+
+def _problem_of_flags(messages: list[Any], kind: str) -> str | None:
+    """What can be honoured: all answers are trained on, or the last one; in prompt and completion, what TRL does."""
+    for i, message in enumerate(messages):
+        flag = training_flag(message)
+        if flag not in (None, 0, 1):
+            return f"message {i} has the weight {flag!r:.40}, not 0 or 1. Weigh the row instead, by --weight_column"
+        if flag and (message["role"] != "assistant" or kind == "prompt"):
+            return f"message {i} is to be trained on, and only the responses are. Remove its train or weight"
+    answers = [training_flag(message) in (None, 1) for message in messages if message["role"] == "assistant"]
+    if (
+        kind == "prompt"
+        or not answers
+        or all(answers)
+        or (kind == "messages" and answers[-1] and not any(answers[:-1]))
+    ):
+        return None
+    return "its train or weight fields leave out some answers, but not all but the last one. Make a row of each answer"
+
+
+def _problem_of_part(value: Any, kind: str, content: str, are_lists: bool) -> str | None:
+    """What is wrong with a part of a prompt beside a prompt, messages or text."""
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        return None
+    if content == "text":
+        return f"a text is trained on as it is, and has no place for {kind}. Rename the column, or put it in the text"
+    if are_lists and kind in ("prompt_input", "history"):
+        return f"messages have no place for {kind} beside them. Make messages of it, or rename the column"
+    if kind == "history":
+        is_right = isinstance(value, list) and all(
+            isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in value
+        )
+        return None if is_right else f"{reprlib.repr(value)} is not a list of [user, assistant]. Rename the column"
+    if kind == "tools":
+        try:
+            tools = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            tools = None
+        is_right = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+        return None if is_right else f"{reprlib.repr(value)} is not a list of tools, nor JSON of one. Rename the column"
+    noun = kind.removeprefix("prompt_")
+    return None if isinstance(value, str) else f"the {noun} {reprlib.repr(value)} is not text. Put it in quotes"
 
 
 def _as_json(value: Any) -> str:
@@ -265,6 +326,13 @@ def attach_example_ids(dataset: Dataset) -> Dataset:
     return dataset
 
 
+def with_num_tokens(dataset: Dataset) -> Dataset:
+    """Add `num_tokens`, the length of `input_ids`; a column of that name is replaced."""
+    num_tokens = pc.list_value_length(_arrow_column(dataset, "input_ids")).to_numpy().astype(np.int64)
+    kept = [column for column in dataset.column_names if column != "num_tokens"]
+    return dataset.select_columns(kept).add_column("num_tokens", num_tokens)
+
+
 def row_table(dataset: Dataset, hashes: Sequence[str]) -> pa.Table:
     """What tells each row in the files of a run: example_id (its index), source, row and content_hash."""
     index = pa.array(np.arange(len(dataset)))
@@ -294,9 +362,44 @@ def report_dropped(role: str, rows: Dataset, prepared: Dataset, max_length: int 
         shown = ""
         if "example_id" in prepared.column_names:
             kept = _arrow_column(prepared, "example_id").combine_chunks()
-            is_kept = pc.is_in(_arrow_column(rows, "example_id"), value_set=kept)
-            shown = f" (first: {row_name(rows, role, pc.index(is_kept, False).as_py())})"
+            is_kept = pc.is_in(_arrow_column(rows, "example_id"), value_set=kept).to_numpy()
+            shown = f": {_by_file(rows, role, np.flatnonzero(~is_kept))}"
         logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise `max_length`")
+
+
+def report_truncated(role: str, rows: Dataset, prepared: Dataset, max_length: int | None) -> None:
+    """Say how many rows lost tokens to ``max_length``, in which files.
+
+    Args:
+        prepared: with `example_id`, and `num_tokens` as they were before.
+    """
+    if max_length is None:
+        return
+    num_tokens = _arrow_column(prepared, "num_tokens").to_numpy()
+    is_cut = num_tokens > max_length
+    if is_cut.any():
+        ids = _arrow_column(prepared, "example_id").filter(pa.array(is_cut)).combine_chunks()
+        places = np.flatnonzero(pc.is_in(_arrow_column(rows, "example_id"), value_set=ids).to_numpy())
+        logger.warning(
+            f"{role}: {is_cut.sum()} of {len(rows)} rows cut to max_length={max_length} tokens: "
+            f"{_by_file(rows, role, places)}. The longest has {num_tokens.max()} tokens. Raise `max_length`"
+        )
+
+
+def _by_file(rows: Dataset, role: str, places: np.ndarray[Any, Any]) -> str:
+    """Rows at these places, counted by file, with the first of each: ``a.jsonl 12 (rows 0, 4, 9, ...)``."""
+    by_file: dict[str, list[Any]] = {}
+    found = rows.with_format(None)[places.tolist()]
+    is_ours = "source" in found and "row" in found and all(isinstance(name, str) for name in found["source"])
+    for place, i in enumerate(places.tolist()):
+        name, row = (found["source"][place], found["row"][place]) if is_ours else (role, i)
+        by_file.setdefault(name, []).append(row)
+    shown = []
+    for name, numbers in by_file.items():
+        first = ", ".join(map(str, numbers[:3])) + (", ..." if numbers[3:] else "")
+        first = f"row{'s' if numbers[1:] else ''} {first}"
+        shown.append(f"{name} {len(numbers)} ({first})" if is_ours else first)
+    return "; ".join(shown)
 
 
 def row_name(dataset: Dataset, role: str, i: int) -> str:
@@ -322,3 +425,9 @@ def content_columns(dataset: Dataset, role: str) -> list[str]:
         if set(names) <= set(dataset.column_names):
             return names
     raise ValueError(f"{role}: neither prompt and completion, messages nor text in {', '.join(dataset.column_names)}.")
+
+
+def is_conversational(dataset: Dataset) -> bool:
+    """Whether the rows are messages with roles; all rows of a checked data set are alike."""
+    names = [name for name in ("messages", "prompt") if name in dataset.column_names]
+    return bool(names) and isinstance(dataset.with_format(None)[0][names[0]], list)

@@ -12,6 +12,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from tamis.config import BilevelConfig
 from tamis.data import load_rows
+from tamis.inference import show_row, write_example
 from tamis.output_dir import claimed, config_path, finished_step, mark_finished, refuse_busy, refuse_earlier_run
 from tamis.progress import ProgressCallback, use_progress
 from tamis.recorder import checkpoint_step
@@ -33,6 +34,7 @@ class DataArguments:
         validation_dataset, eval_dataset: see `tamis.data.load_rows` for what is read.
         skip_bad_rows: leave out rows that cannot be trained on; `skipped_rows.jsonl` of the run directory has them.
         prompt_column, response_column, weight_column: as there.
+        prompt_template: see `tamis.prompts.Prompts`.
         train_split, validation_split, eval_split: of hub names and folders with splits.
         run_info: what `config.yaml` tells about the run it came from; ignored.
     """
@@ -49,6 +51,14 @@ class DataArguments:
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompts, if not recognised."})
     response_column: str | None = field(default=None, metadata={"help": "Column of the responses, if not recognised."})
     weight_column: str | None = field(default=None, metadata={"help": "Column of weights, for --selector column."})
+    prompt_template: str = field(
+        default="auto",
+        metadata={
+            "help": "What writes the prompts of rows without roles: 'chat' (the model's chat template), 'plain' (the "
+            "text as it is), 'alpaca', or a jinja file with a chat template. 'auto': 'chat' where the model has one, "
+            "else 'plain'."
+        },
+    )
     source_weights: list[float] | None = field(
         default=None,
         metadata={"help": "Weight of the rows of each source of --train_dataset, in order, for --selector column."},
@@ -125,6 +135,7 @@ def make_trainer(
         model_args.model_name_or_path,
         args,
         **datasets,
+        prompt_template=data.prompt_template,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -138,7 +149,9 @@ def train(
     args: BilevelConfig,
     model_args: ModelConfig,
     trainer_class: type[BilevelTrainer] = BilevelTrainer,
+    *,
     stop: StopSignals | None = None,
+    shows_row: bool = False,
 ) -> dict[str, float]:
     """One run of `tamis train`: loads and checks the rows, trains, saves; returns the metrics of the held-out rows.
 
@@ -147,6 +160,7 @@ def train(
     Args:
         trainer_class: another one, where a method of a comparison is more than settings.
         stop: the signals that end the run after a step, with a checkpoint.
+        shows_row: print the first training row to stderr, as the model sees it.
 
     Raises:
         ValueError: an input cannot work; see `tamis.data`, `tamis.rows` and `BilevelConfig.check`.
@@ -166,16 +180,20 @@ def train(
     trainer = make_trainer(data, args, model_args, trainer_class)
     if resume and _is_finished(trainer, resume):
         return {}
+    if shows_row and trainer.is_world_process_zero():
+        show_row(trainer)
     use_progress(trainer, ProgressCallback("training"))
     stop.hint = ", before the first step: the same command starts again"
     trainer.add_callback(StopAfterStep(trainer, stop))
     with claimed(output_dir) if is_main_process else nullcontext():
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
-        trainer.create_model_card()
+        trainer.create_model_card(model_name=Path(output_dir).name)
         stop.hint = ", after the model was saved"
         stop.release()
         metrics = trainer.evaluate() if data.eval_dataset is not None else {}
+        if is_main_process:
+            write_example(trainer)
         if args.push_to_hub:
             trainer.push_to_hub()
         if is_main_process:

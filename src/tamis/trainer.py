@@ -10,6 +10,7 @@ Shape suffixes: B rows of a micro-batch, training rows first; L its training row
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
 from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
+from tamis.forms import has_customary_columns
+from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets
 from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.output_dir import (
@@ -34,8 +37,17 @@ from tamis.output_dir import (
     remove_earlier_run,
     users_card_kept,
 )
+from tamis.prompts import Prompts, check_template
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
-from tamis.rows import attach_example_ids, fingerprint, report_dropped, row_name, row_table
+from tamis.rows import (
+    attach_example_ids,
+    fingerprint,
+    report_dropped,
+    report_truncated,
+    row_name,
+    row_table,
+    with_num_tokens,
+)
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
 from tamis.trl_options import refuse_arguments, refuse_parallelism
@@ -66,6 +78,9 @@ class BilevelTrainer(RowEvaluation):
             by name. `tamis.evaluation.RowEvaluation` documents the metrics.
         formatting_func: makes the text of a row, as in [`~trl.SFTTrainer`].
         selector: a name of `BilevelConfig.selector`, or a `tamis.Selector` of your own; that of ``args`` when None.
+        prompt_template: what writes the prompts of rows without roles: ``auto``, ``chat``, ``plain``, ``alpaca`` or a
+            jinja file, see `tamis.prompts.Prompts`. None: rows with TRL's columns stay as they are, as in
+            [`~trl.SFTTrainer`], and it is ``auto`` for others.
 
     Raises:
         ValueError: the data or the settings cannot work; said before the model is loaded.
@@ -99,6 +114,7 @@ class BilevelTrainer(RowEvaluation):
         validation_dataset: Dataset | DatasetDict | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         selector: str | Selector | None = None,
+        prompt_template: str | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, BilevelConfig):
@@ -107,17 +123,16 @@ class BilevelTrainer(RowEvaluation):
         if isinstance(selector, str):
             args.selector, selector = selector, None  # type: ignore[assignment]
         check_available(args, selector)
+        check_template(prompt_template)
         formatting_func = kwargs.pop("formatting_func", None)
         if formatting_func is not None and args.completion_only_loss:
             raise ValueError(
                 "completion_only_loss has no completion to find in the text of formatting_func: leave it out"
             )
+        if prompt_template is None and formatting_func is None and has_customary_columns(train_dataset):
+            prompt_template = "auto"
         datasets = named_datasets(train_dataset, validation_dataset, eval_dataset, formatting_func)
         train_dataset = datasets["train_dataset"]
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: datasets[f"eval_dataset[{name!r}]"] for name in eval_dataset}
-        else:
-            eval_dataset = datasets.get("eval_dataset")
         has_validation, has_weight = validation_dataset is not None, "weight" in train_dataset.column_names
         args.check(has_validation=has_validation, has_weight=has_weight, selector=selector)
         self.resolved = args.resolve(selector, has_validation=has_validation)
@@ -125,18 +140,32 @@ class BilevelTrainer(RowEvaluation):
             datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)
         self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
-
-        self._train_rows = attach_example_ids(_without_ids(train_dataset))
+        self.prompts = Prompts(prompt_template, args, datasets, model, kwargs.get("processing_class"))
+        self.prompts.announce(self.resolved)
+        if self.prompts.assistant_only_loss and not args.assistant_only_loss:
+            args = copy(args)  # of these rows alone
+            args.assistant_only_loss = True
+        datasets = {role: attach_example_ids(_without_ids(dataset)) for role, dataset in self.prompts.datasets.items()}
+        self._train_rows = datasets["train_dataset"]
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
+        kwargs["processing_class"] = self.prompts.processing_class
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: datasets[f"eval_dataset[{name!r}]"] for name in eval_dataset}
+        else:
+            eval_dataset = datasets.get("eval_dataset")
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
         refuse_parallelism(self.accelerator.parallelism_config)
-        report_dropped("train_dataset", self._train_rows, self.train_dataset, args.max_length)
-        for role, prepared in held_out_datasets(self.eval_dataset).items():
-            report_dropped(role, datasets[role], prepared, args.max_length)
         self._validation_rows = datasets.get("validation_dataset")
         self.validation_dataset = None
         if self._validation_rows is not None:
-            self.validation_dataset = self._prepare_validation_dataset(self._validation_rows)
+            self.validation_dataset = self._prepare_dataset(
+                self._validation_rows, self.processing_class, args, False, self._formatting_func, "validation"
+            )
+        prepared = {"train_dataset": self.train_dataset, "validation_dataset": self.validation_dataset}
+        for role, dataset in (prepared | held_out_datasets(self.eval_dataset)).items():
+            if dataset is not None:
+                report_dropped(role, datasets[role], dataset, args.max_length)
+                report_truncated(role, datasets[role], dataset, args.max_length)
         rows = PreparedRows(self.train_dataset)
         validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
         self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
@@ -171,13 +200,16 @@ class BilevelTrainer(RowEvaluation):
 
     # --- data -------------------------------------------------------------------------------------------------------
 
-    def _prepare_validation_dataset(self, dataset: Dataset) -> Dataset:
-        dataset = attach_example_ids(_without_ids(dataset))
-        prepared = self._prepare_dataset(
-            dataset, self.processing_class, self.args, False, self._formatting_func, "validation"
-        )
-        report_dropped("validation_dataset", dataset, prepared, self.args.max_length)
-        return prepared
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """See [`~trl.SFTTrainer`]; `num_tokens` says how long each row was before it was cut to ``max_length``."""
+        dataset = self.prompts.rows(dataset, dataset_name)
+        uncut = copy(args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        whole = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
+        whole = with_num_tokens(whole)
+        return super()._prepare_dataset(whole, processing_class, args, packing, None, dataset_name)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The stream of ids of the rows of each micro-batch; `get_batch_samples` turns them into tensors."""
@@ -361,10 +393,11 @@ class BilevelTrainer(RowEvaluation):
             super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """See [`~trl.SFTTrainer`]; a `README.md` of the user stays."""
+        """See [`~trl.SFTTrainer`]; the card says how this model is asked, and a `README.md` of the user stays."""
         if self.recorder:
             with users_card_kept(self._output_dir):
                 super().create_model_card(*args, **kwargs)
+                describe(self, Path(self._output_dir) / "README.md")
 
     def _write_weights(self) -> None:
         if self.recorder:
