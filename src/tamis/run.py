@@ -8,6 +8,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from tamis.config import BilevelConfig
 from tamis.data import load_rows
+from tamis.prerequisites import check_prerequisites, find_model
 from tamis.progress import ProgressCallback, use_progress
 from tamis.settings import given_fields, warn_without_effect
 from tamis.trainer import BilevelTrainer
@@ -66,6 +67,8 @@ def make_trainer(
     """The trainer of a run, with its rows loaded and checked; see `train` for arguments and errors."""
     if model_args.model_name_or_path is None:
         raise ValueError("no model: give --model_name_or_path")
+    check_prerequisites(args, model_args)
+    model = find_model(model_args.model_name_or_path)
     if data.weight_column is not None and args.selector != "column":
         warn_without_effect(["weight_column"], {f"selector '{args.selector}' does not read it": ["weight_column"]})
     datasets = data.load()
@@ -79,7 +82,7 @@ def make_trainer(
         **(given or {}),
     }
     trainer = trainer_class(
-        model_args.model_name_or_path,
+        model,
         args,
         **datasets,
         quantization_config=get_quantization_config(model_args),

@@ -24,6 +24,7 @@ from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets
 from tamis.losses import fused_forward, stop_if_not_finite
+from tamis.prerequisites import refuse_unreachable
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
 from tamis.rows import attach_example_ids, fingerprint, report_dropped, row_name, row_table
 from tamis.selection.selectors import Selector
@@ -105,6 +106,7 @@ class BilevelTrainer(RowEvaluation):
 
         self._train_rows = attach_example_ids(_without_ids(train_dataset))
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
+        refuse_unreachable(model, args)
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
         refuse_parallelism(self.accelerator.parallelism_config)
         report_dropped("train_dataset", self._train_rows, self.train_dataset, args.max_length)
