@@ -88,21 +88,24 @@ OPTIONS = [
     ("--per_device_validation_batch_size 0", "per_device_validation_batch_size must be positive, got 0"),
     ("--per_device_train_batch_size -4", "per_device_train_batch_size must be at least 1, got -4"),
     ("--gradient_accumulation_steps 0", "gradient_accumulation_steps must be at least 1, got 0"),
-    ("--learning_rate -1e-4", "learning_rate must be at least 0, got -0.0001"),
+    ("--learning_rate -0.1", "learning_rate must be at least 0, got -0.1"),
+    ("--learning_rate=-1e-4", "learning_rate must be at least 0, got -0.0001"),
     ("--learning_rate nan", "learning_rate must be at least 0, got nan"),
     ("--learning_rate inf", "learning_rate must be at least 0, got inf"),
     ("--scout_learning_rate -1", "scout_learning_rate must be positive, got -1"),
     ("--scout_epochs 0", "scout_epochs must be positive, got 0"),
     ("--weight_decay -1", "weight_decay must be at least 0, got -1"),
     ("--max_grad_norm -1", "max_grad_norm must be at least 0, got -1"),
-    ("--warmup_steps -1", "warmup_steps must be at least 0, got -1"),
+    ("--warmup_steps -1", "warmup_steps"),
     ("--adam_beta1 1.5", "adam_beta1 must be below 1, got 1.5"),
     ("--seed -1", "seed must be at least 0, got -1"),
     ("--max_length 0", "max_length must be at least 1, got 0"),
     ("--max_steps -1 --num_train_epochs 0", "num_train_epochs must be positive, got 0"),
     ("--max_steps -1 --num_train_epochs -2", "num_train_epochs must be positive, got -2"),
-    ("--logging_steps 0", "logging"),
-    ("--eval_strategy steps --eval_steps 0", "eval"),
+    ("--max_steps -1 --num_train_epochs nan", "num_train_epochs must be positive, got nan"),
+    ("--logging_steps 0", "requires non-zero --logging_steps"),
+    ("--save_steps -3", "save_steps must be at least 0, got -3"),
+    ("--neftune_noise_alpha -1", "neftune_noise_alpha must be at least 0, got -1"),
     ("--use_peft --lora_r 0", "lora_r must be at least 1, got 0"),
     ("--use_peft --lora_dropout 1", "lora_dropout must be below 1, got 1"),
     ("--rho 2", "rho must lie between 0 and 1, got 2"),
@@ -118,9 +121,12 @@ OPTIONS = [
     ("--selector column", "selector 'column' reads a column 'weight'"),
     ("--refine_fraction auto --selector mirror", "refine_fraction 'auto' is the share of rows that a scout thinks"),
     ("--load_best_model_at_end", "load_best_model_at_end"),
-    ("--model_init_kwargs [1", "model_init_kwargs"),
-    ("--resume_from_checkpoint last", "run holds no complete checkpoint to resume from"),
-    ("--resume_from_checkpoint nowhere", "nowhere"),
+    ("--bf16 true --fp16", "At most one of fp16 and bf16"),
+    ("--model_init_kwargs [1", "--model_init_kwargs takes a JSON object"),
+    ("--gradient_checkpointing_kwargs 3", "--gradient_checkpointing_kwargs takes a JSON object"),
+    ("--eos_token <none>", "('<none>') is not found in the vocabulary"),
+    ("--chat_template_path none.jinja", "none.jinja: no such file. Check --chat_template_path"),
+    ("--attn_implementation best", 'attn_implementation="best"` is not supported'),
     # packages, login, folders
     ("--report_to wandb", "--report_to wandb needs the package wandb: pip install wandb"),
     ("--report_to tensorboard", "--report_to tensorboard needs the package tensorboard: pip install tensorboard"),
@@ -150,10 +156,10 @@ OPTIONS = [
     ("--model_name_or_path a--b", "'a--b': no such folder, nor a name that the hub could have"),
     ("--model_name_or_path org/name", "org/name: no such folder, and the hub cannot be reached"),
     ("--model_name_or_path name", "name: no such folder, and the hub cannot be reached"),
-    ("--model_name_or_path empty", "empty"),
-    ("--model_name_or_path broken", "broken"),
+    ("--model_name_or_path empty", "the config file at 'empty/config.json' is not a valid JSON file"),
+    ("--model_name_or_path broken", "model type `no such model` but Transformers does not recognize"),
     ("--model_name_or_path torn", "a file of the model cannot be read"),
-    ("--model_name_or_path mute", "mute"),
+    ("--model_name_or_path mute", "Unrecognized processing class in mute"),
     # which rows
     ("--train_dataset none.jsonl", "none.jsonl: no such file or folder. Check --train_dataset"),
     ("--validation_dataset none.jsonl", "none.jsonl: no such file or folder. Check --validation_dataset"),
@@ -166,7 +172,7 @@ OPTIONS = [
     ("--weight_column w --selector column", 'there is no column "w"'),
     ("--train_dataset parted --train_split dev", "no split 'dev', only"),
     ("--eval_dataset validation.jsonl", "validation_dataset and eval_dataset share 4 row(s)"),
-    ("--validation_dataset chat.jsonl", "chat.jsonl"),
+    ("--validation_dataset chat.jsonl", "validation_dataset has messages"),
 ]
 
 
@@ -282,7 +288,12 @@ FAILURES = [
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory: lower"),
     (PermissionError(errno.EACCES, "Permission denied", "run"), 2, "run: Permission denied"),
     (ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken"), 2, "pip install tiktoken"),
-    (ImportError("X requires the foo library. Run `pip install foo-bar`."), 2, "a package is missing: pip install foo-bar"),
+    (TypeError("Llama.__init__() got an unexpected keyword argument 'a'"), 2, "see the settings whose names end in _k"),
+    (
+        ImportError("X requires the foo library. Run `pip install foo-bar`."),
+        2,
+        "a package is missing: pip install foo-bar",
+    ),
 ]
 
 
@@ -298,9 +309,13 @@ def test_what_fails_under_way(error, code, message, folder, monkeypatch, capfd):
 
 # Rows for which the model's chat template has no answer.
 TEMPLATES = [
-    ("{{ raise_exception('roles must alternate') }}", CHAT, "the chat template cannot render a row (TemplateError: role"),
+    (
+        "{{ raise_exception('roles must alternate') }}",
+        CHAT,
+        "the chat template cannot render a row (TemplateError: role",
+    ),
     ("{{ messages[1].tool_calls[0].function.name + 1 }}", CHAT, "the chat template cannot render a row"),
-    ("{% for m in messages %}{{ 'x' + m.content }}{% endfor %}", None, "the chat template cannot render a row (TypeError"),
+    ("{% for m in messages %}{{ 'x' + m.content }}{% endfor %}", None, "the chat template cannot render a row"),
     ("{% if %}", CHAT, "the chat template cannot render a row (TemplateSyntaxError"),
     (None, CHAT, "chat_template"),
 ]

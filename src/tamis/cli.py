@@ -65,7 +65,8 @@ def _run_train(options: list[str], terminal: ExitStack) -> int:
     if "--help_all" in options:
         print(parser.format_help(), end="")
         return 0
-    data, args, model_args = parser.parse_args_and_config(options)
+    with quiet_terminal("passive"):
+        data, args, model_args = parser.parse_args_and_config(options)
     terminal.enter_context(quiet_terminal(args.log_level))
     # The summary tells what the run has changed: by the model as it was, unless the run goes on from a later one.
     has_held_out = data.eval_dataset is not None

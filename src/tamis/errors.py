@@ -3,6 +3,7 @@
 import errno
 import re
 import traceback
+from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
@@ -12,8 +13,10 @@ from tamis.checkpoint import ResumableError
 from tamis.losses import NonFiniteLossError
 
 _INSTALL = re.compile(r"pip3? install ['\"]?([\w.\[\],<>=-]*[\w\]])")
+_NOT_FOUND = re.compile(r"'([\w.-]*\w)[^']*' distribution was not found")
 _DISK_FULL = re.compile(r"No space left on device|PytorchStreamWriter failed writing|Disk quota exceeded")
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_LONGEST = 300  # characters of a library's message
 
 
 def explain(error: Exception) -> tuple[int, str] | None:
@@ -39,15 +42,34 @@ def explain(error: Exception) -> tuple[int, str] | None:
             f"the chat template cannot render a row ({type(error).__name__}: {text}): give one that can by "
             "--chat_template_path, or take out of the rows what it does not know, such as tools"
         )
-    if isinstance(error, ImportError | RuntimeError) and (found := _INSTALL.search(text)):
-        return 2, f"a package is missing: pip install {found[1]}"
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("tamis"):
-        return 2, f"the package {error.name} is missing: pip install {error.name}"
+    if isinstance(error, ImportError | RuntimeError):
+        found = _NOT_FOUND.search(text) or _INSTALL.search(text)
+        package = found[1] if found else error.name if isinstance(error, ModuleNotFoundError) else None
+        if package and not package.startswith("tamis"):
+            return 2, f"a package is missing: pip install {package}"
     if isinstance(error, SafetensorError):
         return 2, f"a file of the model cannot be read ({text}): copy or download it again"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return 2, f"{error.filename}: {error.strerror}"
-    return (2, text) if isinstance(error, ValueError | OSError) else None
+    if isinstance(error, ValueError | OSError):
+        return 2, text if _is_ours(error) else _shortened(text)
+    if isinstance(error, TypeError) and "unexpected keyword argument" in text and not _is_ours(error):
+        return 2, f"{text}: see the settings whose names end in _kwargs"
+    return None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether code of tamis has raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def _shortened(text: str) -> str:
+    """The first sentences: a message of a library may have ten."""
+    if len(text) <= _LONGEST:
+        return text
+    start = text[:_LONGEST]
+    return start[: start.rfind(". ") + 1] or f"{start} ..."
 
 
 def _is_disk_full(error: Exception) -> bool:

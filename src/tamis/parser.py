@@ -5,6 +5,7 @@ Settings come from flags, from a YAML file (`--config run.yaml`), or both; flags
 
 import argparse
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -61,6 +62,9 @@ class StrictParser(TrlParser):
         found, left = super().parse_known_args(args, namespace)
         if left:
             self.error(f"'{left[0]}' belongs to no option")
+        for name, value in vars(found).items():
+            if name.endswith("_kwargs") and isinstance(value, str) and not _is_object(value):
+                self.error(f"""--{name} takes a JSON object, as '{{"key": 1}}', got {value!r}""")
         return found, left
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -151,6 +155,13 @@ def _refuse_bad_yaml(path: str) -> None:
         raise ValueError(f"{path}: not a list of names and values, as `learning_rate: 2e-4`. Correct it")
     if not isinstance(config.get("env", {}), dict):
         raise ValueError(f"{path}: env takes names and values of environment variables. Correct it")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
 
 
 def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:

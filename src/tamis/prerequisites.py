@@ -47,6 +47,9 @@ def check_prerequisites(args: SFTConfig, model_args: ModelConfig) -> None:
             raise ValueError(f"{flag} needs the package {package}: pip install {package}")
     if args.push_to_hub and not (args.hub_token or get_token()):
         raise ValueError("--push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN")
+    template = args.chat_template_path
+    if template and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
+        raise ValueError(f"{template}: no such file. Check --chat_template_path")
     output_dir = Path(str(args.output_dir))
     nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not nearest.is_dir():

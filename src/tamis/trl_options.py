@@ -69,7 +69,7 @@ AT_LEAST: dict[str, float] = {
     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "adam_epsilon": 0, "seed": 0,
     "adam_beta1": 0, "adam_beta2": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1, "max_length": 1, "dataset_num_proc": 1, "lora_r": 1, "lora_alpha": 1,
-    "lora_dropout": 0,
+    "lora_dropout": 0, "neftune_noise_alpha": 0, "save_steps": 0, "eval_steps": 0,
 }  # fmt: skip
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
 
@@ -124,7 +124,7 @@ def refuse_out_of_range(args: Any) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
         if name in _BELOW_ONE and value >= 1:
             raise ValueError(f"{name} must be below 1, got {value}")
-    if getattr(args, "max_steps", -1) <= 0 and getattr(args, "num_train_epochs", 1) <= 0:
+    if getattr(args, "max_steps", -1) <= 0 and not getattr(args, "num_train_epochs", 1) > 0:
         raise ValueError(f"num_train_epochs must be positive, got {args.num_train_epochs}; or set --max_steps")
 
 

@@ -3,7 +3,7 @@
 | name           | how                                                          | needs                      |
 |----------------|--------------------------------------------------------------|----------------------------|
 | `transformers` | the training model itself, batched, with a KV cache          | nothing                    |
-| `vllm`         | TRL's `VLLMGeneration`, in this process or on a server       | `pip install tamis[vllm]`  |
+| `vllm`         | TRL's `VLLMGeneration`, in this process or on a server       | `pip install "trl[vllm]"`   |
 
 All of them take and return token ids: what is trained on is what was generated, never decoded and encoded again.
 `verify` compares the log-probabilities that a generator reports with those of the training model, so that a generator
@@ -272,7 +272,7 @@ def base_weights_kept(model: nn.Module) -> Iterator[None]:
 def check_installed(generator: str) -> None:
     """Raise a ValueError if what the generator of that name needs is not installed."""
     if generator == "vllm" and not is_vllm_available():
-        raise ValueError("generator 'vllm' needs vLLM: pip install tamis[vllm], or leave --generator out")
+        raise ValueError("generator 'vllm' needs vLLM: pip install \"trl[vllm]\", or leave --generator out")
 
 
 def make_generator(
