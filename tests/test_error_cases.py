@@ -339,6 +339,35 @@ def test_templates_that_cannot_render_the_rows(template, messages, message, fold
     assert message in error_of(capfd)
 
 
+def warnings_of(capfd) -> list[str]:
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+
+def test_trusted_rows_that_are_the_training_rows_are_warned_of(folder, monkeypatch, capfd):
+    monkeypatch.setattr("tamis.prerequisites.HfApi.model_info", unreachable)
+    (folder / "same.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
+    for name in ("train.jsonl", "same.jsonl"):
+        run(["--validation_dataset", name, "--model_name_or_path", "org/name"])
+        (warning,) = warnings_of(capfd)
+        assert warning.startswith("warning: validation_dataset and train_dataset have the same rows: nothing tells")
+
+
+def test_a_file_that_a_folder_holds_in_vain_is_warned_of(folder, monkeypatch, capfd):
+    monkeypatch.setattr("tamis.prerequisites.HfApi.model_info", unreachable)
+    (folder / "data").mkdir()
+    write_jsonl(folder / "data" / "a.jsonl", pairs(4))
+    (folder / "data" / "b.csv").write_text("prompt,completion\n1,2\n")
+    run(["--train_dataset", "data", "--model_name_or_path", "org/name"])
+    assert any("b.csv is left out" in warning for warning in warnings_of(capfd))
+
+
+def test_a_name_of_the_hub_costs_one_question(folder, monkeypatch, capfd):
+    asked = []
+    monkeypatch.setattr("tamis.prerequisites.HfApi.model_info", lambda *a, **k: asked.append(a) or unreachable())
+    assert run(["--model_name_or_path", "org/name"]) == 2
+    assert len(asked) == 1
+
+
 def test_the_table_is_long():
     assert len(OPTIONS) + len(YAML) + len(MISSING) + len(ROWS) + len(FAILURES) + len(TEMPLATES) >= 100
 

@@ -67,7 +67,8 @@ def _run_train(options: list[str], terminal: ExitStack) -> int:
         return 0
     with quiet_terminal("passive"):
         data, args, model_args = parser.parse_args_and_config(options)
-    terminal.enter_context(quiet_terminal(args.log_level))
+    log_level = args.log_level if args.process_index == 0 else args.log_level_replica
+    terminal.enter_context(quiet_terminal(log_level))
     # The summary tells what the run has changed: by the model as it was, unless the run goes on from a later one.
     has_held_out = data.eval_dataset is not None
     args.eval_on_start = args.eval_on_start or (has_held_out and not args.resume_from_checkpoint)

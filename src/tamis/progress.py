@@ -166,8 +166,8 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """What is shown behind the bar, or on a line."""
         new = {_SHOWN[name]: f"{value:.3g}" for name, value in (logs or {}).items() if name in _SHOWN}
-        if not new or not state.is_world_process_zero:
-            return
+        if not new or "train_runtime" in (logs or {}) or not state.is_world_process_zero:
+            return  # the last log sums up the run, and repeats the one before it
         self._shown |= new
         if CONSOLE.is_terminal or CONSOLE.is_jupyter:
             if self._bar is not None:

@@ -3,7 +3,7 @@
 | name           | how                                                          | needs                      |
 |----------------|--------------------------------------------------------------|----------------------------|
 | `transformers` | the training model itself, batched, with a KV cache          | nothing                    |
-| `vllm`         | TRL's `VLLMGeneration`, in this process or on a server       | `pip install "trl[vllm]"`   |
+| `vllm`         | TRL's `VLLMGeneration`, in this process or on a server       | `pip install "trl[vllm]"`  |
 
 All of them take and return token ids: what is trained on is what was generated, never decoded and encoded again.
 `verify` compares the log-probabilities that a generator reports with those of the training model, so that a generator
