@@ -17,6 +17,8 @@ from tamis.help import OPTIONS, short_help
 from tamis.parser import did_you_mean, make_train_parser
 from tamis.run import DataArguments
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def test_the_short_help_fits_a_screen_and_begins_with_examples(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -27,6 +29,9 @@ def test_the_short_help_fits_a_screen_and_begins_with_examples(capsys, monkeypat
     assert text.index("examples:") < text.index("options, in order of need:")
     assert text.index("--train_dataset FILE") < text.index("--learning_rate LR") < text.index("--log_level LEVEL")
     assert "--help_all" in text and "--config FILE" in text
+
+    monkeypatch.setenv("COLUMNS", "100")
+    assert short_help() in (ROOT / "docs" / "first_run.md").read_text(encoding="utf-8")
 
 
 def test_the_short_help_has_twenty_options_with_their_real_defaults():
@@ -115,8 +120,6 @@ def test_the_short_help_is_made_without_the_parser(monkeypatch):
 
 
 def test_the_extras_that_the_readme_names():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {"gpu", "vllm", "wandb"} <= set(project["optional-dependencies"])
-    assert (
-        'pip install .               # or ".[gpu,vllm,wandb]"' in (Path(__file__).parents[1] / "README.md").read_text()
-    )
+    assert 'pip install .               # or ".[gpu,vllm,wandb]"' in (ROOT / "README.md").read_text(encoding="utf-8")

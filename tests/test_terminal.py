@@ -86,7 +86,7 @@ def test_everything_is_as_before_afterwards():
 
 
 def test_the_level_of_a_part(capfd):
-    with quiet_terminal("passive", details_of="tamis.compare"):
+    with quiet_terminal("passive", details_of=["tamis.compare"]):
         logger.info("rows")
         logger.warning("few rows")
         logging.getLogger("tamis.compare.runs").info("method 1")

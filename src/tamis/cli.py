@@ -87,7 +87,7 @@ def _run_demo(options: list[str], terminal: ExitStack) -> int:
     parser = StrictParser(dataclass_types, prog="tamis demo")
     (arguments,) = parser.parse_args_and_config(options)
     # Eleven runs: a line for each, and what they warn of.
-    terminal.enter_context(quiet_terminal(arguments.log_level, details_of="tamis.compare"))
+    terminal.enter_context(quiet_terminal(arguments.log_level, details_of=("tamis.demo", "tamis.compare")))
     run_demo(arguments)
     return 0
 

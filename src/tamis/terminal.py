@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,17 +40,17 @@ class _ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def quiet_terminal(log_level: str, details_of: str = "tamis") -> Iterator[None]:
+def quiet_terminal(log_level: str, details_of: Sequence[str] = ("tamis",)) -> Iterator[None]:
     """Within it stderr shows the log of tamis from ``log_level`` on, and warnings of others; all bars end with it.
 
     Args:
         log_level: a name of `LOG_LEVELS`. With debug the bars, warnings and log of the libraries are shown as well.
-        details_of: the part of tamis that is heard at the default level; of the rest only warnings are.
+        details_of: the parts of tamis that are heard at the default level; of the rest only warnings are.
     """
     level, is_debug = _LEVELS[log_level], log_level in ("debug", "detail")
     with ExitStack() as undo:
         undo.callback(close_bars)
-        undo.enter_context(_logging(level, is_debug, details_of if log_level == "passive" else "tamis"))
+        undo.enter_context(_logging(level, is_debug, details_of if log_level == "passive" else ("tamis",)))
         undo.enter_context(warnings.catch_warnings())
         if not is_debug:
             undo.enter_context(_without_bars_of_libraries())
@@ -63,13 +63,14 @@ def quiet_terminal(log_level: str, details_of: str = "tamis") -> Iterator[None]:
 
 
 @contextmanager
-def _logging(level: int, is_debug: bool, details_of: str) -> Iterator[None]:
+def _logging(level: int, is_debug: bool, details_of: Sequence[str]) -> Iterator[None]:
     handler, root = _ConsoleHandler(), logging.getLogger()
-    loggers = [root, logging.getLogger("tamis"), logging.getLogger(details_of), *map(logging.getLogger, _LIBRARIES)]
+    loggers = [root, *map(logging.getLogger, ("tamis", *details_of, *_LIBRARIES))]
     before = [(logger, logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
     root.setLevel(logging.INFO if is_debug else logging.WARNING)
-    logging.getLogger("tamis").setLevel(level if details_of == "tamis" else logging.WARNING)
-    logging.getLogger(details_of).setLevel(level)
+    logging.getLogger("tamis").setLevel(logging.WARNING)
+    for name in details_of:
+        logging.getLogger(name).setLevel(level)
     for name in _LIBRARIES:
         logging.getLogger(name).handlers, logging.getLogger(name).propagate = [], True
     root.addHandler(handler)
