@@ -230,6 +230,14 @@ def test_folder_takes_the_files_of_one_split_in_order(tmp_path, caplog):
     assert "no split 'dev', only train, test" in message_of(lambda: load(tmp_path / "b", split="dev"))
 
 
+def test_blank_lines_are_skipped_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n \n{"text": "b"}\n\n')
+    rows = load(tmp_path / "a.jsonl")
+    assert (rows["text"][:], rows["row"][:]) == (["a", "b"], [0, 1])
+    assert "a.jsonl: 2 blank lines are skipped" in caplog.text
+
+
 def test_saved_data_set(tmp_path):
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}])
     rows.select([1, 0]).save_to_disk(tmp_path / "one")
@@ -282,7 +290,7 @@ def test_hub_name_with_config(monkeypatch):
     ("name", "content", "expected"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, row 1 (line 2)"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "a.jsonl, row 1 (line 2)"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl, row 1 (line 3)"),
         ("a.jsonl", b'[{"text": "a"}]', "a.jsonl, row 0 (line 1): [{'text': 'a'}] is not an object"),
         ("a.jsonl", b'{"text": "a"}{"text": "b"}', "Extra data at character 14"),
         ("a.json", b'[{"text": "a"},\n{"text": ]', "a.json, line 2: not valid JSON (Expecting value"),
@@ -290,7 +298,7 @@ def test_hub_name_with_config(monkeypatch):
         ("a.json", b'{\n"data": [\n]}', "a.json, row 0 (line 1), which must be one whole object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}', "a.jsonl, row 1 (line 2): half of a surrogate pair"),
         ("a.jsonl", '{"text": "ä"}'.encode("utf-16"), "a.jsonl: cannot be read as UTF-8 text"),
-        ("a.jsonl", b'{"text": "a"}\n \n\n[]\n\n', "a.jsonl, row 1 (line 2), which must be one whole object"),
+        ("a.jsonl", b'{"text": "a"}\n \n\n[]\n\n', "a.jsonl, row 1 (line 2): [] is not an object"),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"text": "\xff"}\n',

@@ -185,3 +185,10 @@ def test_no_column_is_walked_row_by_row(monkeypatch):
     rows = attach_example_ids(attach_example_ids(rows))
     row_table(rows, check_rows(rows, "train_dataset"))
     report_dropped("train_dataset", rows, rows.select([0, 2]), max_length=5)
+
+
+def test_validation_rows_that_are_the_training_rows(tmp_path, caplog):
+    train = load(tmp_path / "train.jsonl", [{"text": text} for text in "abc"])
+    same = load(tmp_path / "val.jsonl", [{"text": text} for text in "cba"])
+    (message,) = overlap(caplog, train, same)
+    assert message.startswith("validation_dataset and train_dataset have the same rows")

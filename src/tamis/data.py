@@ -206,21 +206,24 @@ def _parse_json(lines: Iterator[str], name: str) -> Iterator[dict[str, Any]]:
 
 
 def _parse_json_lines(lines: Iterator[str], name: str) -> Iterator[dict[str, Any]]:
-    num_blank = 0  # in a row; those at the end of the file are none of its rows
-    for i, line in enumerate(lines):
+    num_rows = num_blank = num_skipped = 0  # blank lines at the end of the file are not worth a word
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             num_blank += 1
             continue
-        first, text = (i, line.removesuffix("\n")) if num_blank == 0 else (i - num_blank, "")
+        num_skipped = num_blank
         try:
-            row = json.loads(text)
-            _check_object(row, name, i, _HALF_A_PAIR.search(text) is not None)
+            row = json.loads(line.removesuffix("\n"))
+            _check_object(row, name, num_rows, _HALF_A_PAIR.search(line) is not None)
         except json.JSONDecodeError as error:
-            where = f"row {first} (line {first + 1}), which must be one whole object"
+            where = f"row {num_rows} (line {number}), which must be one whole object"
             row = BadRow(f"{name}, {where}: {_not_json(error)}", line)
         except ValueError as error:
             row = BadRow(str(error), line)
         yield row
+        num_rows += 1
+    if num_skipped:
+        logger.info("%s: %d blank lines are skipped; rows and lines are counted without them", name, num_skipped)
 
 
 def _not_json(error: json.JSONDecodeError) -> str:

@@ -64,10 +64,9 @@ def as_rows(given: Any, role: str, formatting_func: Callable[[dict[str, Any]], s
 
 def has_customary_columns(given: Any) -> bool:
     """Whether a data set has columns that are not TRL's but customary, such as Alpaca's."""
-    columns = getattr(given, "column_names", None) or ()
     if isinstance(given, DatasetDict):
-        columns = given[_SPLITS["train_dataset"]].column_names if "train" in given else next(iter(columns.values()), ())
-    found = set(columns)
+        given = given.get("train", next(iter(given.values()), None))
+    found = set(given.column_names) if isinstance(given, Dataset) else set()
     is_of_trl = "input_ids" in found or any(names <= found for names in _FORMATS)
     return not is_of_trl and any(set(layout) <= found for layout in LAYOUTS)
 

@@ -13,9 +13,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from tamis.bilevel import example_losses
+from tamis.progress import track
 
 Parameters = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -116,7 +116,8 @@ def row_losses(
     # A generator of its own: a loader draws from the global one, and dropout goes on as if nothing had been measured.
     batches = DataLoader(rows, batch_size, collate_fn=collate, generator=torch.Generator())
     with evaluation_mode(model):
-        for batch in tqdm(batches, title, disable=not (title and accelerator.is_main_process)):
+        is_shown = bool(title) and accelerator.is_main_process
+        for batch in track(batches, title, len(batches), is_shown=is_shown):
             inputs = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             with torch.no_grad(), accelerator.autocast():
                 losses += fused_losses(model, inputs).float().tolist()

@@ -309,7 +309,13 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence
     for role in held_out:
         for message in shared("validation_dataset", role, "Remove them from one of the two."):
             raise ValueError(message)
-    messages = shared("validation_dataset", "train_dataset", "The choice of rows will favour them.")
+    if set(hashes["validation_dataset"]) == set(hashes["train_dataset"]):
+        messages = [
+            "validation_dataset and train_dataset have the same rows: nothing tells right rows from wrong ones. Give "
+            "rows that you trust to --validation_dataset, and keep them out of --train_dataset"
+        ]
+    else:
+        messages = shared("validation_dataset", "train_dataset", "The choice of rows will favour them.")
     for role in held_out:
         messages += shared(role, "train_dataset", "The result on them says nothing about new rows.")
     for message in messages:

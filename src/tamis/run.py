@@ -14,6 +14,7 @@ from tamis.config import BilevelConfig
 from tamis.data import load_rows
 from tamis.inference import show_row, write_example
 from tamis.output_dir import claimed, config_path, finished_step, mark_finished, refuse_busy, refuse_earlier_run
+from tamis.prerequisites import check_prerequisites, find_model
 from tamis.progress import ProgressCallback, use_progress
 from tamis.recorder import checkpoint_step
 from tamis.settings import given_fields, warn_without_effect
@@ -116,6 +117,8 @@ def make_trainer(
     """The trainer of a run, with its rows loaded and checked; see `train` for arguments and errors."""
     if model_args.model_name_or_path is None:
         raise ValueError("no model: give `model_name_or_path`")
+    check_prerequisites(args, model_args)
+    model = find_model(model_args.model_name_or_path)
     if args.selector != "column":
         of_column = ["weight_column", "source_weights"]
         named = [name for name in of_column if getattr(data, name) is not None]
@@ -132,7 +135,7 @@ def make_trainer(
         **(given or {}),
     }
     trainer = trainer_class(
-        model_args.model_name_or_path,
+        model,
         args,
         **datasets,
         prompt_template=data.prompt_template,

@@ -37,6 +37,7 @@ from tamis.output_dir import (
     remove_earlier_run,
     users_card_kept,
 )
+from tamis.prerequisites import refuse_unreachable
 from tamis.prompts import Prompts, check_template
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
 from tamis.rows import (
@@ -140,6 +141,7 @@ class BilevelTrainer(RowEvaluation):
             datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)
         self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
+        refuse_unreachable(model, args)
         self.prompts = Prompts(prompt_template, args, datasets, model, kwargs.get("processing_class"))
         self.prompts.announce(self.resolved)
         if self.prompts.assistant_only_loss and not args.assistant_only_loss:

@@ -3,6 +3,7 @@
 Every other option works as it does there. `tests/test_trl_options.py` holds the verdict on each.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,15 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
     ),
 }
 
+# Settings of TRL and transformers that are numbers: the least value that means something.
+AT_LEAST: dict[str, float] = {
+    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "adam_epsilon": 0, "seed": 0,
+    "adam_beta1": 0, "adam_beta2": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "max_length": 1, "dataset_num_proc": 1, "lora_r": 1, "lora_alpha": 1,
+    "lora_dropout": 0, "neftune_noise_alpha": 0, "save_steps": 0, "eval_steps": 0,
+}  # fmt: skip
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
+
 # By reason: settings that change nothing.
 NO_EFFECT: dict[str, list[str]] = {
     "training rows are collated in the main process, evaluation alone reads it": [
@@ -91,10 +101,29 @@ def refuse_options(args: SFTConfig) -> None:
     Raises:
         ValueError: with the setting and the remedy.
     """
+    refuse_out_of_range(args)
     for name, (is_refused, sentence) in REFUSED.items():
         if is_refused(args):
             raise ValueError(sentence.format(value=_plain(getattr(args, name))))
     refuse_parallelism(args.parallelism_config)
+
+
+def refuse_out_of_range(args: Any) -> None:
+    """Refuse numbers that cannot be meant, in settings of a trainer or of a model.
+
+    Raises:
+        ValueError: with the setting and the least value.
+    """
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if name in _BELOW_ONE and value >= 1:
+            raise ValueError(f"{name} must be below 1, got {value}")
+    if getattr(args, "max_steps", -1) <= 0 and not getattr(args, "num_train_epochs", 1) > 0:
+        raise ValueError(f"num_train_epochs must be positive, got {args.num_train_epochs}; or set --max_steps")
 
 
 def refuse_parallelism(parallelism: ParallelismConfig | None) -> None:

@@ -14,10 +14,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
-from tqdm.auto import tqdm
 
 from tamis.compare.adapted import warmed_up
 from tamis.losses import evaluation_mode, fused_losses
+from tamis.progress import track
 from tamis.trainer import BilevelTrainer
 
 
@@ -94,7 +94,7 @@ def row_gradients(trainer: BilevelTrainer, dataset: Dataset) -> Iterator[Tensor]
     parameters = trainable(trainer)
     rows = dataset.select_columns(["input_ids", "labels"])
     with evaluation_mode(trainer.model):
-        for row in tqdm(rows, "gradients of rows", disable=trainer.args.disable_tqdm, leave=False):
+        for row in track(rows, "gradients of rows", len(rows), is_shown=not trainer.args.disable_tqdm):
             batch = trainer.batches.collate_rows([row])
             inputs = {name: tensor.to(trainer.accelerator.device) for name, tensor in batch.items()}
             with trainer.accelerator.autocast():
