@@ -81,7 +81,7 @@ REFUSED_VALUES = [
     ({"fp16": True, "reference": "tracked", "selector": "mirror"}, "fp16 scales the loss"),
     ({"activation_offloading": True}, "activation_offloading needs an accelerator"),
     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy 'sequential'"),
-    ({"save_only_model": True, "refine_fraction": 0.5}, "set --refine_on_error continue"),
+    ({"save_only_model": True, "refine_fraction": 0.5}, "set `refine_on_error='continue'`"),
     ({"completion_only_loss": False, "refine_fraction": 0.5}, "completion_only_loss false trains on prompts"),
 ]
 ALLOWED_VALUES = [

@@ -230,7 +230,7 @@ class StopAfterStep(TrainerCallback):
     """
 
     def __init__(self, trainer: BilevelTrainer, stop: StopSignals):
-        self._trainer, self._stop = trainer, stop
+        self._trainer, self._stop, self._signum = trainer, stop, 0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._stop.hint = ", within a step: go on from the last checkpoint with --resume_from_checkpoint last"
