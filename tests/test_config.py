@@ -9,7 +9,7 @@ from conftest import PLAIN, message_of, pairs
 from datasets import Dataset
 
 from tamis import BilevelConfig, BilevelTrainer
-from tamis.cli import make_train_parser
+from tamis.parser import make_train_parser
 from tamis.selection.selectors import BmoSelector
 
 

@@ -326,17 +326,10 @@ def attach_example_ids(dataset: Dataset) -> Dataset:
     """Add `example_id` (int64), 0 .. N-1 in order; keep a column of that name, or raise ValueError if not unique."""
     if "example_id" not in dataset.column_names:
         return dataset.add_column("example_id", np.arange(len(dataset), dtype=np.int64))
-    ids = _arrow_column(dataset, "example_id")
+    ids = arrow_column(dataset, "example_id")
     if ids.type != pa.int64() or ids.null_count or pc.count_distinct(ids).as_py() != len(ids):
         raise ValueError('column "example_id": the ids must be unique int64 numbers. Remove it to get new ones.')
     return dataset
-
-
-def with_num_tokens(dataset: Dataset) -> Dataset:
-    """Add `num_tokens`, the length of `input_ids`; a column of that name is replaced."""
-    num_tokens = pc.list_value_length(_arrow_column(dataset, "input_ids")).to_numpy().astype(np.int64)
-    kept = [column for column in dataset.column_names if column != "num_tokens"]
-    return dataset.select_columns(kept).add_column("num_tokens", num_tokens)
 
 
 def row_table(dataset: Dataset, hashes: Sequence[str]) -> pa.Table:
@@ -345,67 +338,13 @@ def row_table(dataset: Dataset, hashes: Sequence[str]) -> pa.Table:
     return pa.table(
         {
             "example_id": index,
-            "source": _arrow_column(dataset, "source").cast(pa.string())
+            "source": arrow_column(dataset, "source").cast(pa.string())
             if "source" in dataset.column_names
             else pa.nulls(len(dataset), pa.string()),
-            "row": _arrow_column(dataset, "row") if "row" in dataset.column_names else index,
+            "row": arrow_column(dataset, "row") if "row" in dataset.column_names else index,
             "content_hash": pa.array(hashes, pa.string()),
         }
     )
-
-
-def report_dropped(role: str, rows: Dataset, prepared: Dataset, max_length: int | None) -> None:
-    """Say how many rows TRL left out: those whose prompt alone fills ``max_length``.
-
-    Raises:
-        ValueError: those are all rows.
-    """
-    num_dropped = len(rows) - len(prepared)
-    too_long = f"their prompt alone is longer than max_length={max_length}"
-    if num_dropped == len(rows):
-        raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise `max_length`")
-    if num_dropped:
-        shown = ""
-        if "example_id" in prepared.column_names:
-            kept = _arrow_column(prepared, "example_id").combine_chunks()
-            is_kept = pc.is_in(_arrow_column(rows, "example_id"), value_set=kept).to_numpy()
-            shown = f": {_by_file(rows, role, np.flatnonzero(~is_kept))}"
-        logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise `max_length`")
-
-
-def report_truncated(role: str, rows: Dataset, prepared: Dataset, max_length: int | None) -> None:
-    """Say how many rows lost tokens to ``max_length``, in which files.
-
-    Args:
-        prepared: with `example_id`, and `num_tokens` as they were before.
-    """
-    if max_length is None:
-        return
-    num_tokens = _arrow_column(prepared, "num_tokens").to_numpy()
-    is_cut = num_tokens > max_length
-    if is_cut.any():
-        ids = _arrow_column(prepared, "example_id").filter(pa.array(is_cut)).combine_chunks()
-        places = np.flatnonzero(pc.is_in(_arrow_column(rows, "example_id"), value_set=ids).to_numpy())
-        logger.warning(
-            f"{role}: {is_cut.sum()} of {len(rows)} rows cut to max_length={max_length} tokens: "
-            f"{_by_file(rows, role, places)}. The longest has {num_tokens.max()} tokens. Raise `max_length`"
-        )
-
-
-def _by_file(rows: Dataset, role: str, places: np.ndarray[Any, Any]) -> str:
-    """Rows at these places, counted by file, with the first of each: ``a.jsonl 12 (rows 0, 4, 9, ...)``."""
-    by_file: dict[str, list[Any]] = {}
-    found = rows.with_format(None)[places.tolist()]
-    is_ours = "source" in found and "row" in found and all(isinstance(name, str) for name in found["source"])
-    for place, i in enumerate(places.tolist()):
-        name, row = (found["source"][place], found["row"][place]) if is_ours else (role, i)
-        by_file.setdefault(name, []).append(row)
-    shown = []
-    for name, numbers in by_file.items():
-        first = ", ".join(map(str, numbers[:3])) + (", ..." if numbers[3:] else "")
-        first = f"row{'s' if numbers[1:] else ''} {first}"
-        shown.append(f"{name} {len(numbers)} ({first})" if is_ours else first)
-    return "; ".join(shown)
 
 
 def row_name(dataset: Dataset, role: str, i: int) -> str:
@@ -421,7 +360,8 @@ def place_in_file(name: str, row: int) -> str:
     return f"{name}, row {row}" + (f" (line {row + 1})" if name.lower().endswith((".jsonl", ".jsonl.gz")) else "")
 
 
-def _arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
+def arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
+    """One column as Arrow has it, without a copy."""
     return dataset.select_columns([column]).with_format("arrow")[:][column]
 
 

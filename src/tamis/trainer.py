@@ -29,6 +29,7 @@ from tamis.evaluation import RowEvaluation
 from tamis.forms import has_customary_columns
 from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets
+from tamis.lengths import report_dropped, report_truncated, with_num_tokens
 from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.output_dir import (
     announce_users_files,
@@ -43,11 +44,8 @@ from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, 
 from tamis.rows import (
     attach_example_ids,
     fingerprint,
-    report_dropped,
-    report_truncated,
     row_name,
     row_table,
-    with_num_tokens,
 )
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
