@@ -9,7 +9,8 @@ from conftest import message_of, write_jsonl
 from datasets import Dataset
 
 from tamis.data import load_rows
-from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, report_dropped, row_table
+from tamis.lengths import report_dropped
+from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, row_table
 
 QA = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?\n", "answer": " 6"}]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
