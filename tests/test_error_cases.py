@@ -282,7 +282,7 @@ def test_rows_that_cannot_be_trained_on(text, message, folder, capfd):
 
 # What goes wrong under way: the exception of a library, the exit code, and what the line says.
 FAILURES = [
-    (OSError(errno.ENOSPC, "No space left on device", "run/model"), 1, "the disk is full run/model: make room"),
+    (OSError(errno.ENOSPC, "No space left on device", "run/model"), 1, "the disk is full (run/model): make room"),
     (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), 1, "the disk is full"),
     (MemoryError(), 1, "out of memory: lower --per_device_train_batch_size"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory: lower"),
@@ -366,6 +366,18 @@ def test_a_name_of_the_hub_costs_one_question(folder, monkeypatch, capfd):
     monkeypatch.setattr("tamis.prerequisites.HfApi.model_info", lambda *a, **k: asked.append(a) or unreachable())
     assert run(["--model_name_or_path", "org/name"]) == 2
     assert len(asked) == 1
+
+
+def test_a_full_disk_is_seen_through_what_came_after_it(folder, monkeypatch, capfd):
+    def save(*args, **kwargs):
+        try:
+            raise RuntimeError("basic_ios::clear: iostream error")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 43200 vs 43092")
+
+    monkeypatch.setattr("tamis.run.BilevelTrainer.__init__", save)
+    assert run([]) == 1
+    assert "the disk is full: make room" in error_of(capfd)
 
 
 def test_the_table_is_long():

@@ -3,6 +3,7 @@
 import errno
 import re
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +15,10 @@ from tamis.losses import NonFiniteLossError
 
 _INSTALL = re.compile(r"pip3? install ['\"]?([\w.\[\],<>=-]*[\w\]])")
 _NOT_FOUND = re.compile(r"'([\w.-]*\w)[^']*' distribution was not found")
-_DISK_FULL = re.compile(r"No space left on device|PytorchStreamWriter failed writing|Disk quota exceeded")
+# The last two are how torch says that its writer could not write.
+_DISK_FULL = re.compile(
+    "No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing|basic_ios::clear: iostream error"
+)
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _LONGEST = 300  # characters of a library's message
 
@@ -27,8 +31,8 @@ def explain(error: Exception) -> tuple[int, str] | None:
     text = " ".join(str(error).split())
     if isinstance(error, NonFiniteLossError | ResumableError):
         return 1, text
-    if _is_disk_full(error):
-        where = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    if full := next((cause for cause in _chain(error) if _is_disk_full(cause)), None):
+        where = f" ({full.filename})" if isinstance(full, OSError) and full.filename else ""
         return 1, f"the disk is full{where}: make room, then go on with --resume_from_checkpoint last"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)
@@ -72,7 +76,15 @@ def _shortened(text: str) -> str:
     return start[: start.rfind(". ") + 1] or f"{start} ..."
 
 
-def _is_disk_full(error: Exception) -> bool:
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that it came from: torch trips once more over a file that it could not write."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _is_disk_full(error: BaseException) -> bool:
     number = error.errno if isinstance(error, OSError) else None
     return number in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL.search(str(error)) is not None
 
