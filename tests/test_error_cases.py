@@ -157,7 +157,7 @@ OPTIONS = [
     ("--model_name_or_path org/name", "org/name: no such folder, and the hub cannot be reached"),
     ("--model_name_or_path name", "name: no such folder, and the hub cannot be reached"),
     ("--model_name_or_path empty", "the config file at 'empty/config.json' is not a valid JSON file"),
-    ("--model_name_or_path broken", "model type `no such model` but Transformers does not recognize"),
+    ("--model_name_or_path broken", "Unrecognized processing class in broken"),
     ("--model_name_or_path torn", "a file of the model cannot be read"),
     ("--model_name_or_path mute", "Unrecognized processing class in mute"),
     # which rows
@@ -312,12 +312,16 @@ TEMPLATES = [
     (
         "{{ raise_exception('roles must alternate') }}",
         CHAT,
-        "the chat template cannot render a row (TemplateError: role",
+        "the chat template cannot write a conversation (roles must alternate)",
     ),
-    ("{{ messages[1].tool_calls[0].function.name + 1 }}", CHAT, "the chat template cannot render a row"),
-    ("{% for m in messages %}{{ 'x' + m.content }}{% endfor %}", None, "the chat template cannot render a row"),
-    ("{% if %}", CHAT, "the chat template cannot render a row (TemplateSyntaxError"),
-    (None, CHAT, "chat_template"),
+    ("{{ messages[1].tool_calls[0].function.name + 1 }}", CHAT, "the chat template cannot write a conversation"),
+    (
+        "{% for m in messages %}{{ 'x' + m.content }}{% endfor %}",
+        None,
+        "train.jsonl, row 0 (line 1): the chat template cannot write it",
+    ),
+    ("{% if %}", CHAT, "the chat template cannot write a conversation (Expected an expression"),
+    (None, CHAT, "the model has no chat template"),
 ]
 
 

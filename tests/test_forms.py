@@ -45,7 +45,9 @@ def tokens(dataset) -> list[tuple]:
 def test_customary_columns_go_through_the_loader_of_files(trainer, tmp_path, rows):
     path = write_jsonl(tmp_path / "train.jsonl", rows)
     own = trainer(Dataset.from_list(rows), Dataset.from_list(rows[:2]), {"a": Dataset.from_list(rows[2:3])}, {})
-    assert tokens(own.train_dataset) == tokens(trainer(load_rows(path, role="train_dataset")).train_dataset)
+    assert tokens(own.train_dataset) == tokens(
+        trainer(load_rows(path, role="train_dataset"), prompt_template="auto").train_dataset
+    )
     assert tokens(own.validation_dataset) == tokens(own.train_dataset)[:2]
     assert tokens(own.eval_dataset["a"]) == tokens(own.train_dataset)[2:3]
 

@@ -110,7 +110,7 @@ def test_settings_from_yaml_are_those_of_flags(spelling, tmp_path, monkeypatch):
     lines = ["train_dataset: x", "learning_rate: 1e-3", "max_steps: 7", "use_cpu: true", "bf16: no", "report_to: none"]
     (tmp_path / "a.yaml").write_text("\n".join([*lines, "lora_target_modules: q_proj", "refine_fraction: 0.5"]))
     data, args, model_args = make_train_parser().parse_args_and_config([*spelling, "--max_steps", "8"])
-    assert (data.train_dataset, args.learning_rate, args.max_steps, args.bf16) == ("x", 1e-3, 8, False)
+    assert (data.train_dataset, args.learning_rate, args.max_steps, args.bf16) == (["x"], 1e-3, 8, False)
     assert (args.refine_fraction, model_args.lora_target_modules) == ("0.5", "q_proj")
 
 

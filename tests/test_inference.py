@@ -98,7 +98,7 @@ def test_the_example_and_the_card_ask_as_training_did(base_models, tmp_path, cap
 
     assert answer("yy") == found, "the first held-out row"
     if template != "alpaca" and not extra:  # neither is learned by a model that is so small and knows nothing
-        assert "eval_teacher_forced_match 1.0000" in output.out
+        assert "before, 1.000 after" in output.out
         assert (found, answer("x" * 6)) == ("b\n", "a\n"), "the held-out answers"
     section = card.split("## Prompt template")[1].split("## Training procedure")[0]
     expected = {"chat": "add_generation_prompt", "alpaca": "### Response:", "plain": "the text as it is"}

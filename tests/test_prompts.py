@@ -53,7 +53,9 @@ def trainer_of(models, tmp_path):
             path = write_jsonl(tmp_path / "validation.jsonl", validation)
             datasets["validation_dataset"] = load_rows(path, role="validation_dataset")
             settings = {"rho": 0.5} | settings
-        args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | MIXING | settings)
+        args = BilevelConfig(
+            **{"output_dir": str(tmp_path / "run")} | PLAIN | MIXING | {"overwrite_output_dir": True} | settings
+        )
         return BilevelTrainer(models.get(model, model), args, **datasets, prompt_template=prompt_template)
 
     return make
@@ -195,7 +197,7 @@ def test_what_has_been_settled_is_announced(trainer_of, caplog):
     assert "prompt_template = plain (the model has no chat template)" in plain.announcements
     with caplog.at_level(logging.WARNING):
         trainer_of([{"text": "ab"}], prompt_template="alpaca")
-    assert "prompt_template is set but has no effect: texts are trained on as they are" in caplog.text
+    assert "prompt_template is set but has no effect: texts and tokens are trained on as they are" in caplog.text
 
 
 def test_a_run_is_not_resumed_with_another_template(trainer_of):
@@ -393,7 +395,7 @@ def test_truncation_is_counted_by_file_with_the_first_rows(trainer_of, caplog):
         trainer = trainer_of(rows, validation=[{"question": "c", "answer": "d" * 200}], model="none", max_length=128)
     expected = (
         "train_dataset: 4 of 8 rows cut to max_length=128 tokens: train.jsonl 4 (rows 1, 4, 5, ...). The longest has "
-        "100002 tokens. Raise --max_length"
+        "100002 tokens. Raise `max_length`"
     )
     assert expected in caplog.text
     assert "validation_dataset: 1 of 1 rows cut to max_length=128 tokens: validation.jsonl 1 (row 0)." in caplog.text

@@ -14,7 +14,7 @@ from tamis.run import DataArguments
 from tamis.settings import FlagFormatter, as_flags
 
 PACKAGE = Path(__file__).parents[1] / "src" / "tamis"
-OF_THE_COMMAND_LINE = {"cli.py", "run.py", "stopping.py", "demo/run.py"}
+OF_THE_COMMAND_LINE = {"cli.py", "parser.py", "errors.py", "run.py", "stopping.py", "demo/run.py"}
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_while_scouting_nothing_is_left_that_stands_in_the_way(command, tmp_path
 
 
 def test_a_signal_waits_where_it_is_told_to_and_a_second_ctrl_c_does_not(capfd):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with StopSignals() as stop:
         stop.hold()
         os.kill(os.getpid(), signal.SIGTERM)

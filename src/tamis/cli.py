@@ -40,7 +40,6 @@ def main(argv: list[str] | None = None) -> int:
         print(short_help(), end="")
         return 0
     from tamis.errors import explain
-    from tamis.settings import as_flags
 
     with ExitStack() as terminal:
         try:
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             # One line for the user; where it came from for whoever looks into it.
             logger.debug("traceback", exc_info=True)
         terminal.close()  # the bar, before the line
-        print(f"tamis {command}: {as_flags(text)}", file=sys.stderr)
+        print(f"tamis {command}: {text}", file=sys.stderr)
         return code
 
 

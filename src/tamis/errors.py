@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from tamis.checkpoint import ResumableError
 from tamis.losses import NonFiniteLossError
+from tamis.settings import as_flags
 
 _INSTALL = re.compile(r"pip3? install ['\"]?([\w.\[\],<>=-]*[\w\]])")
 _NOT_FOUND = re.compile(r"'([\w.-]*\w)[^']*' distribution was not found")
@@ -30,7 +31,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
     """
     text = " ".join(str(error).split())
     if isinstance(error, NonFiniteLossError | ResumableError):
-        return 1, text
+        return 1, as_flags(text)
     if full := next((cause for cause in _chain(error) if _is_disk_full(cause)), None):
         where = f" ({full.filename})" if isinstance(full, OSError) and full.filename else ""
         return 1, f"the disk is full{where}: make room, then go on with --resume_from_checkpoint last"
@@ -56,7 +57,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return 2, f"{error.filename}: {error.strerror}"
     if isinstance(error, ValueError | OSError):
-        return 2, text if _is_ours(error) else _shortened(text)
+        return 2, as_flags(text) if _is_ours(error) else _shortened(text)
     if isinstance(error, TypeError) and "unexpected keyword argument" in text and not _is_ours(error):
         return 2, f"{text}: see the settings whose names end in _kwargs"
     return None

@@ -35,7 +35,7 @@ def choose_columns(
     used = named or next((layout for layout in LAYOUTS if set(layout) <= set(found)), ())
     if not used:
         unknown = f"no known layout fits the columns {', '.join(found)}"
-        raise ValueError(f"{name}: {unknown}. Name two by --prompt_column and --response_column.")
+        raise ValueError(f"{name}: {unknown}. Name two by `prompt_column` and `response_column`.")
     for column in (*used, weight_column or used[0]):
         if not has_column(column, found):
             raise ValueError(f'{name}: there is no column "{column}"; there is {", ".join(found)}.')

@@ -46,14 +46,14 @@ def check_prerequisites(args: SFTConfig, model_args: ModelConfig) -> None:
         if not is_installed(package):
             raise ValueError(f"{flag} needs the package {package}: pip install {package}")
     if args.push_to_hub and not (args.hub_token or get_token()):
-        raise ValueError("--push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN")
+        raise ValueError("`push_to_hub` needs a login: run `hf auth login`, or set HF_TOKEN")
     template = args.chat_template_path
     if template and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-        raise ValueError(f"{template}: no such file. Check --chat_template_path")
+        raise ValueError(f"{template}: no such file. Check `chat_template_path`")
     output_dir = Path(str(args.output_dir))
     nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise ValueError(f"{nearest} is a file: choose another --output_dir")
+        raise ValueError(f"{nearest} is a file: choose another `output_dir`")
 
 
 def _packages(args: SFTConfig, model_args: ModelConfig) -> Iterator[tuple[str, str]]:
@@ -62,23 +62,23 @@ def _packages(args: SFTConfig, model_args: ModelConfig) -> Iterator[tuple[str, s
         if name not in ("all", "none", *INTEGRATIONS):
             raise ValueError(f"unknown report_to '{name}': choose from none, all, {', '.join(sorted(INTEGRATIONS))}")
         if name in INTEGRATIONS:
-            yield f"--report_to {name}", {"comet_ml": "comet-ml"}.get(name, name)
+            yield f"`report_to={name}`", {"comet_ml": "comet-ml"}.get(name, name)
     for flag in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, flag):
-            yield f"--{flag}", "bitsandbytes"
+            yield f"`{flag}`", "bitsandbytes"
     optimizer = str(getattr(args.optim, "value", args.optim))
     for part, package in _OPTIMIZERS.items():
         if part in optimizer:
-            yield f"--optim {optimizer}", package
+            yield f"`optim={optimizer}`", package
             break
     if args.use_liger_kernel:
-        yield "--use_liger_kernel", "liger-kernel"
+        yield "`use_liger_kernel`", "liger-kernel"
     if args.deepspeed:
-        yield "--deepspeed", "deepspeed"
+        yield "`deepspeed`", "deepspeed"
     attention = model_args.attn_implementation or ""
     is_flash = attention.startswith("flash_attention_2") and not is_installed("flash-attn")
     if is_flash or "/" in attention:  # the second is a name of the hub
-        yield f"--attn_implementation {attention}", "kernels"
+        yield f"`attn_implementation={attention}`", "kernels"
 
 
 def is_installed(package: str) -> bool:
@@ -101,18 +101,18 @@ def find_model(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).is_file() for file in _MODEL_FILES):
-            raise ValueError(f"{name}: a folder without {' or '.join(_MODEL_FILES)}. Check --model_name_or_path")
+            raise ValueError(f"{name}: a folder without {' or '.join(_MODEL_FILES)}. Check `model_name_or_path`")
         return str(path)
     if path.is_file():
-        raise ValueError(f"{name} is a file: give the folder of the model to --model_name_or_path")
+        raise ValueError(f"{name} is a file: give the folder of the model to `model_name_or_path`")
     is_local = name.startswith((".", "~")) or path.is_absolute() or name.count("/") > 1 or name.endswith("/")
     if is_local or ("/" in name and path.parent.is_dir()):
-        raise ValueError(f"{name}: no such folder. Check --model_name_or_path")
+        raise ValueError(f"{name}: no such folder. Check `model_name_or_path`")
     try:
         validate_repo_id(name)
     except HFValidationError:
         raise ValueError(
-            f"{name!r}: no such folder, nor a name that the hub could have. Check --model_name_or_path"
+            f"{name!r}: no such folder, nor a name that the hub could have. Check `model_name_or_path`"
         ) from None
     return name
 
@@ -138,7 +138,7 @@ def refuse_unreachable(model: Any, args: SFTConfig) -> None:
     except GatedRepoError:
         problem = "its owner grants access on its page; then run `hf auth login`"
     except RepositoryNotFoundError:
-        problem = "no such folder, nor a model of the hub that you may read; check --model_name_or_path"
+        problem = "no such folder, nor a model of the hub that you may read; check `model_name_or_path`"
     except HfHubHTTPError:
         return  # whatever that is, loading will tell
     except Exception as error:  # no network, in the dozen kinds that there are

@@ -21,6 +21,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import get_config_model_id
 
 from tamis.config import BilevelConfig, Resolved
+from tamis.forms import is_in_tokens
 from tamis.rows import (
     PROMPT_PARTS,
     batches,
@@ -86,12 +87,14 @@ class Prompts:
         self.template, self._args, self.processing_class = template, args, processing_class
         self.joiner, self.reason, self.loss_reason = "\n\n", "as given", ""
         self.assistant_only_loss, self.splits = bool(args.assistant_only_loss), False
-        self._content = content_columns(datasets["train_dataset"], "train_dataset")
+        train = datasets["train_dataset"]
+        self._content = ["input_ids"] if is_in_tokens(train) else content_columns(train, "train_dataset")
         self.has_roles = any(map(is_conversational, datasets.values()))
         file_text = _read(template, args.chat_template_path)
-        if not self.has_roles and (template is None or self._content == ["text"]):
+        if not self.has_roles and (template is None or self._content in (["text"], ["input_ids"])):
             if template not in (None, "auto"):
-                warn_without_effect(["prompt_template"], {"texts are trained on as they are": ["prompt_template"]})
+                reason = "texts and tokens are trained on as they are"
+                warn_without_effect(["prompt_template"], {reason: ["prompt_template"]})
             self.template = None
         else:
             if self.processing_class is None:
@@ -151,8 +154,8 @@ class Prompts:
             self.template = "chat"
         if self.template != "plain" and not has_template:
             raise ValueError(
-                "the model has no chat template, which rows with roles and --prompt_template chat need: give "
-                "--prompt_template alpaca or a jinja file"
+                "the model has no chat template, which rows with roles and `prompt_template=chat` need: give "
+                "`prompt_template=alpaca` or a jinja file"
             )
         if self.template != "plain":
             self._try_out()
@@ -167,7 +170,7 @@ class Prompts:
         except Exception as error:  # jinja raises a dozen kinds
             raise ValueError(f"{name} cannot write a conversation ({_first_line(error)}). Correct it.") from error
         if "question" not in prompt or "answer" not in whole:
-            raise ValueError(f"{name} does not write the messages: it must go through `messages` and their content.")
+            raise ValueError(f"{name} does not write the messages: it must go through the messages and their content.")
 
     def render(self, messages: list[Row], tools: Any = None, add_generation_prompt: bool = False) -> str:
         """The text of a conversation."""
@@ -209,7 +212,7 @@ class Prompts:
             logger.warning(
                 f"{len(several)} rows have several answers, first {several[0]}, and only the last one is trained on: "
                 "the chat template does not mark answers with {% generation %}. Give one that does, by "
-                "--chat_template_path, or a row for each answer"
+                "`chat_template_path`, or a row for each answer"
             )
         else:
             self.loss_reason = "a row has one answer, and that is trained on"
@@ -305,7 +308,7 @@ class Prompts:
                     raise ValueError(f"{row_name(dataset, role, i)}: {problem}.")
 
     def _problem_of_rendering(self, messages: list[Row], tools: Any) -> str | None:
-        remedy = "Give another by --prompt_template, or change the row"
+        remedy = "Give another by `prompt_template`, or change the row"
         tools = json.loads(tools) if isinstance(tools, str) else tools
         try:
             text = self.render(messages, tools)

@@ -123,7 +123,7 @@ def refuse_out_of_range(args: Any) -> None:
         if name in _BELOW_ONE and value >= 1:
             raise ValueError(f"{name} must be below 1, got {value}")
     if getattr(args, "max_steps", -1) <= 0 and not getattr(args, "num_train_epochs", 1) > 0:
-        raise ValueError(f"num_train_epochs must be positive, got {args.num_train_epochs}; or set --max_steps")
+        raise ValueError(f"num_train_epochs must be positive, got {args.num_train_epochs}; or set `max_steps`")
 
 
 def refuse_parallelism(parallelism: ParallelismConfig | None) -> None:
