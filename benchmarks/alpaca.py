@@ -13,7 +13,7 @@ import random
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import DATA, finish, make_parser, make_small_model, skip_without_data, tamis_train, write_files
+from common import DATA, as_pair, finish, make_parser, make_small_model, skip_without_data, tamis_train, write_files
 
 from tamis.metrics import auroc
 
@@ -42,7 +42,13 @@ def main() -> None:
     pretrain_steps, max_steps = (20, 20) if arguments.quick else (200, 200)
 
     rows = split_rows(arguments.seed)
-    files = write_files(rows, arguments.output_dir)
+    pairs = {
+        part: [
+            as_pair("\n\n".join(filter(str.strip, (row["instruction"], row["input"]))), row["output"]) for row in found
+        ]
+        for part, found in rows.items()
+    }
+    files = write_files(pairs, arguments.output_dir)
     texts = ["\n".join(filter(None, (row["instruction"], row["input"], row["output"]))) for row in rows["train"]]
     make_small_model(texts, arguments.output_dir / "model", pretrain_steps, arguments.seed)
 

@@ -56,6 +56,11 @@ def skip_without_data(folder: str) -> None:
         sys.exit(0)
 
 
+def as_pair(prompt: str, completion: str) -> dict[str, str]:
+    """A row whose prompt ends with a line break: the small model has no chat template to end it."""
+    return {"prompt": prompt if prompt.endswith("\n") else f"{prompt}\n", "completion": completion}
+
+
 def write_files(parts: dict[str, list[dict]], output_dir: Path) -> dict[str, Path]:
     """One JSON file for each part (train, validation, eval)."""
     files = {name: output_dir / f"{name}.json" for name in parts}

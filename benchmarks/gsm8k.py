@@ -13,7 +13,7 @@ import random
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import DATA, finish, make_parser, make_small_model, skip_without_data, tamis_train, write_files
+from common import DATA, as_pair, finish, make_parser, make_small_model, skip_without_data, tamis_train, write_files
 
 from tamis.metrics import auroc
 
@@ -55,7 +55,8 @@ def main() -> None:
     pretrain_steps, max_steps = (20, 20) if arguments.quick else (150, 100)
 
     parts, texts = split_rows(arguments.seed)
-    files = write_files(parts, arguments.output_dir)
+    pairs = {part: [as_pair(row["question"], row["answer"]) for row in rows] for part, rows in parts.items()}
+    files = write_files(pairs, arguments.output_dir)
     make_small_model(texts, arguments.output_dir / "model", pretrain_steps, arguments.seed)
     is_correct = np.array([row["is_correct"] for row in parts["train"]])
     lengths = np.array([len(row["answer"]) for row in parts["train"]])

@@ -33,7 +33,7 @@ def cost_of(
     judge: Judge, task: Task, folder: Path, settings: dict[str, Any], kind: type[BilevelTrainer] = BilevelTrainer
 ) -> dict[str, float]:
     """Forward-equivalents a training row, and seconds, of what ``judge`` does with a trainer of these settings."""
-    data = DataArguments(str(task.train_file), str(task.validation_file))
+    data = DataArguments([str(task.train_file)], str(task.validation_file))
     args = BilevelConfig(str(folder), **settings, eval_strategy="no", disable_tqdm=True)
     trainer = make_trainer(data, args, ModelConfig(model_name_or_path=str(task.model_dir)), trainer_class=kind)
     begin = time.process_time()

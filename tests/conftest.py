@@ -91,7 +91,8 @@ def bilevel(model_dir, tmp_path):
         if not isinstance(settings.get("selector", ""), str):
             given["selector"] = settings.pop("selector")
         trials = ONE_TRIAL if settings.get("selector", "scout") == "scout" and "selector" not in given else {}
-        args = BilevelConfig(**{"output_dir": str(tmp_path / "run")} | PLAIN | trials | settings)
+        folder = {"output_dir": str(tmp_path / "run"), "overwrite_output_dir": True}
+        args = BilevelConfig(**folder | PLAIN | trials | settings)
         return BilevelTrainer(
             model or model_dir,
             args,

@@ -109,7 +109,7 @@ def test_every_setting_of_ours_gives_the_state_a_meaning_or_is_said_not_to(tmp_p
     own = {f.name for f in fields(BilevelConfig)} - {f.name for f in fields(SFTConfig)}
     assert own - found.meaning.keys() - {"per_device_validation_batch_size"} == {
         "refine_on_error", "generation_batch_size", "generator", "vllm_mode", "vllm_server_base_url",
-        "vllm_gpu_memory_utilization",
+        "vllm_gpu_memory_utilization", "overwrite_output_dir",
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from conftest import PLAIN, message_of, pairs
 from datasets import Dataset
 
 from tamis import BilevelConfig, BilevelTrainer
-from tamis.cli import make_train_parser
+from tamis.parser import make_train_parser
 from tamis.selection.selectors import BmoSelector
 
 
@@ -31,20 +31,20 @@ def check(config, *, has_validation=True, has_weight=False) -> None:
         ({"selector_learning_rate": 0.0}, "selector_learning_rate must be positive"),
         ({"bmo_temperature": 0.0}, "bmo_temperature must be positive"),
         ({"scout_epochs": 0.0}, "scout_epochs must be positive, got 0"),
-        ({"rho_start": 0.9}, "rho_start goes to a rho that the scout chooses: set --rho too"),
-        ({"selector": "column"}, "name it by --weight_column"),
+        ({"rho_start": 0.9}, "rho_start goes to a rho that the scout chooses: set `rho` too"),
+        ({"selector": "column"}, "name it by `weight_column`"),
         ({"refine_fraction": 1.5}, "refine_fraction must lie between 0 and 1, got 1.5"),
         ({"refine_fraction": -0.1}, "refine_fraction must lie between 0 and 1"),
         ({"refine_fraction": "1.5"}, "refine_fraction must lie between 0 and 1, got 1.5"),
         ({"refine_fraction": "nan"}, "refine_fraction must lie between 0 and 1"),
         ({"refine_fraction": "auto", "selector": "mirror"}, "selector 'mirror' sends none: give a number"),
         ({"refine_fraction": "auto", "selector": "column"}, "selector 'column' sends none: give a number"),
-        ({"refine_fraction": "auto", "selector": "none", "refine_policy": "random"}, "choose --selector scout"),
+        ({"refine_fraction": "auto", "selector": "none", "refine_policy": "random"}, "choose `selector='scout'`"),
         ({"refine_every": 0.0}, "refine_every must be positive, got 0"),
         ({"refine_start": -1.0}, "refine_start must not be negative, got -1"),
         ({"importance_ratio_cap": 0.0}, "importance_ratio_cap must be positive, got 0"),
         ({"generation_top_p": 1.1}, "generation_top_p must lie between 0 and 1, got 1.1"),
-        ({"refine_fraction": 0.5, "selector": "none"}, "there is no lowest. Set --refine_policy random"),
+        ({"refine_fraction": 0.5, "selector": "none"}, "there is no lowest. Set `refine_policy='random'`"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, settings, message):
@@ -54,15 +54,22 @@ def test_what_cannot_work_is_refused(tmp_path, settings, message):
 
 @pytest.mark.parametrize("settings", [{}, {"selector": "bmo"}, {"selector": "sigmoid"}, {"rho": 0.0}])
 def test_learning_selectors_need_a_validation_dataset(tmp_path, settings):
-    with pytest.raises(ValueError, match="needs validation rows: give --validation_dataset"):
+    with pytest.raises(ValueError, match="needs validation rows: give `validation_dataset`"):
         check(config(tmp_path, **settings), has_validation=False)
 
 
-def test_rho_needs_a_validation_dataset(tmp_path):
-    with pytest.raises(ValueError, match="set --rho 0"):
-        check(config(tmp_path, selector="none"), has_validation=False)
-    check(config(tmp_path, selector="none", rho=0.0), has_validation=False)
-    check(config(tmp_path, selector="column", rho=0.0), has_validation=False, has_weight=True)
+@pytest.mark.parametrize("settings", [{"rho": 0.3}, {"rho": 0.0, "rho_start": 0.5}, {"rho_start": 0.5}])
+def test_a_rho_that_was_given_needs_a_validation_dataset(tmp_path, settings):
+    with pytest.raises(ValueError, match=r"weigh the validation rows, but .*validation_dataset` is missing"):
+        check(config(tmp_path, selector="none", **settings), has_validation=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rho": 0.0}])
+def test_static_selectors_need_no_validation_dataset(tmp_path, settings):
+    for selector in ("none", "column"):
+        args = config(tmp_path, selector=selector, **settings)
+        check(args, has_validation=False, has_weight=True)
+        assert args.resolve(has_validation=False).rho == 0 and args.resolve().rho == settings.get("rho", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +248,7 @@ def test_the_tracked_reference_refuses_fp16_only_where_it_is_read(tmp_path):
     """A CPU has no fp16: transformers would refuse the setting before tamis sees it."""
     args = config(tmp_path, reference="tracked", selector="mirror")
     args.fp16 = True
-    with pytest.raises(ValueError, match="set --bf16 instead"):
+    with pytest.raises(ValueError, match="set `bf16` instead"):
         check(args)
     args.selector = "scout"
     check(args)

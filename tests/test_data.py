@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import message_of
 from datasets import Dataset, DatasetDict
-from tokenizers import Regex, pre_tokenizers
 
 from tamis.data import load_rows
 from tamis.rows import check_rows
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 QA = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?\n", "answer": " 6"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+TOOLS = json.dumps([TOOL])
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -46,7 +47,7 @@ def load(path, **kwargs) -> Dataset:
 def test_json_of_every_kind(tmp_path, name):
     rows = load(write(tmp_path / name, QA))
     assert rows.to_dict() == {
-        "prompt": ["2+2?\n", "3+3?\n"],
+        "prompt": ["2+2?", "3+3?\n"],
         "completion": ["4", " 6"],
         "row": [0, 1],
         "source": [name, name],
@@ -65,13 +66,24 @@ def test_json_list_compressed(tmp_path):
     [
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
         ({"prompt": "", "completion": "b"}, {"prompt": "", "completion": "b"}),
-        ({"prompt": "a", "response": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"question": "a", "answer": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"question": "a", "response": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"instruction": "a", "output": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"instruction": "a", "input": "", "output": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"instruction": "a", "input": None, "output": "b"}, {"prompt": "a\n", "completion": "b"}),
-        ({"instruction": "a", "input": "x", "output": "b", "text": "t"}, {"prompt": "a\n\nx\n", "completion": "b"}),
+        ({"prompt": "a", "response": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"question": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"question": "a", "response": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"instruction": "a", "input": "", "output": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"instruction": "a", "input": None, "output": "b"}, {"prompt": "a", "completion": "b"}),
+        (
+            {"instruction": "a", "input": " x\n", "output": "b", "text": "t"},
+            {"prompt": "a", "prompt_input": " x\n", "completion": "b"},
+        ),
+        (
+            {"instruction": "a", "output": "b", "system": "s", "history": [["c", "d"]]},
+            {"prompt": "a", "completion": "b", "system": "s", "history": [["c", "d"]]},
+        ),
+        ({"instruction": "a", "output": "b", "system": " ", "history": []}, {"prompt": "a", "completion": "b"}),
+        ({"prompt": "a", "completion": "b", "tools": [TOOL]}, {"prompt": "a", "completion": "b", "tools": TOOLS}),
+        ({"conversations": CHAT, "tools": TOOLS, "system": "s"}, {"messages": CHAT, "tools": TOOLS, "system": "s"}),
+        ({"conversations": CHAT, "tools": "[]", "system": ""}, {"messages": CHAT}),
         ({"text": "a"}, {"text": "a"}),
         ({"messages": CHAT, "prompt": "a"}, {"messages": CHAT}),
         ({"conversations": CHAT}, {"messages": CHAT}),
@@ -80,16 +92,16 @@ def test_json_list_compressed(tmp_path):
         (
             {
                 "conversations": [
-                    {"from": "system", "value": "s"},
-                    {"from": "human", "value": ""},
-                    {"from": "gpt", "value": "b"},
+                    {"from": "system", "value": "s", "weight": 0},
+                    {"from": "human", "value": "", "weight": 0},
+                    {"from": "gpt", "value": "b", "weight": 1},
                 ]
             },
             {
                 "messages": [
-                    {"role": "system", "content": "s"},
-                    {"role": "user", "content": ""},
-                    {"role": "assistant", "content": "b"},
+                    {"role": "system", "content": "s", "weight": 0},
+                    {"role": "user", "content": "", "weight": 0},
+                    {"role": "assistant", "content": "b", "weight": 1},
                 ]
             },
         ),
@@ -105,7 +117,7 @@ def test_named_columns_and_weight(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"q": "a", "a": "b", "text": "t", "w": 2}, {"q": "c", "a": "d", "w": 0.5}])
     rows = load(path, prompt_column="q", response_column="a", weight_column="w")
     assert rows.to_dict() | {"row": 0, "source": 0} == {
-        "prompt": ["a\n", "c\n"],
+        "prompt": ["a", "c"],
         "completion": ["b", "d"],
         "weight": [2.0, 0.5],
         "row": 0,
@@ -119,7 +131,7 @@ def test_csv_keeps_what_is_written(tmp_path):
     text = '\ufeffquestion,answer,w\r\nname,NA,1\r\n"a ""b"",\r\nc",007,0.5\r\nday,2024-01-02,0\r\n'
     path.write_bytes(text.encode())
     rows = load(path, weight_column="w")
-    assert rows["prompt"][:] == ["name\n", 'a "b",\r\nc\n', "day\n"]
+    assert rows["prompt"][:] == ["name", 'a "b",\r\nc', "day"]
     assert rows["completion"][:] == ["NA", "007", "2024-01-02"]
     assert rows["weight"][:] == [1.0, 0.5, 0.0]
 
@@ -178,7 +190,7 @@ def test_rows_are_read_in_batches(tmp_path, monkeypatch):
     at_once = [load(path).to_dict(), load(pairs, weight_column="w").to_dict()]
     monkeypatch.setattr("tamis.rows.BATCH_SIZE", 1)
     assert [load(path).to_dict(), load(pairs, weight_column="w").to_dict()] == at_once
-    assert at_once[1]["prompt"] == ["0\n", "1\n", "2\n", "3\n", "4\n"] and at_once[1]["row"] == [0, 1, 2, 3, 4]
+    assert at_once[1]["prompt"] == ["0", "1", "2", "3", "4"] and at_once[1]["row"] == [0, 1, 2, 3, 4]
     write(pairs, [{"prompt": str(i), "response": "x" * (i % 2), "w": i - 2} for i in range(5)])
     assert message_of(lambda: load(pairs, weight_column="w")) == (
         'b.json, row 0, column "response": the response is empty. Remove the row or fill it in. '
@@ -189,7 +201,8 @@ def test_rows_are_read_in_batches(tmp_path, monkeypatch):
 def test_columns_that_only_later_rows_have(tmp_path, monkeypatch):
     monkeypatch.setattr("tamis.rows.BATCH_SIZE", 1)
     bare, whole = {"instruction": "a", "output": "b"}, {"instruction": "c", "input": "x", "output": "d"}
-    assert load(write(tmp_path / "a.jsonl", [bare, whole, bare]))["prompt"][:] == ["a\n", "c\n\nx\n", "a\n"]
+    rows = load(write(tmp_path / "a.jsonl", [bare, whole, bare]))
+    assert rows["prompt"][:] == ["a", "c", "a"] and rows["prompt_input"][:] == [None, "x", None]
     text = message_of(lambda: load(write(tmp_path / "a.jsonl", [{"text": "a"}, {"prompt": "a", "completion": "b"}])))
     assert text == (
         "a.jsonl: the first rows have the columns text, later ones prompt, completion. Give all rows the same."
@@ -217,6 +230,14 @@ def test_folder_takes_the_files_of_one_split_in_order(tmp_path, caplog):
     assert "no split 'dev', only train, test" in message_of(lambda: load(tmp_path / "b", split="dev"))
 
 
+def test_blank_lines_are_skipped_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n \n{"text": "b"}\n\n')
+    rows = load(tmp_path / "a.jsonl")
+    assert (rows["text"][:], rows["row"][:]) == (["a", "b"], [0, 1])
+    assert "a.jsonl: 2 blank lines are skipped" in caplog.text
+
+
 def test_saved_data_set(tmp_path):
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}])
     rows.select([1, 0]).save_to_disk(tmp_path / "one")
@@ -226,32 +247,13 @@ def test_saved_data_set(tmp_path):
     assert "no split 'test', only train" in message_of(lambda: load(tmp_path / "many", split="test"))
 
 
-def test_prompts_end_on_a_token_boundary(tmp_path):
-    """Splitting the prompt alone gives a prefix of splitting prompt and completion: TRL masks by that prefix."""
-    questions, answers = ("Capital of France?", "Name one", "Name one\n"), ("Paris.", " Paris", "42", "- x")
-    rows = [{"instruction": q, "input": i, "output": a} for q in questions for i in ("", "x") for a in answers]
-    rows = load(write(tmp_path / "a.jsonl", rows))
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    qwen2 = pre_tokenizers.Split(
-        Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-            r"|\s+(?!\S)|\s+"
-        ),
-        "isolated",
-    )
-    for splitter in (gpt2, qwen2):
-        for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True):
-            alone = splitter.pre_tokenize_str(prompt)
-            assert splitter.pre_tokenize_str(prompt + completion)[: len(alone)] == alone
-
-
 # --- errors of reading ---
 
 
 def test_missing_file(tmp_path):
     for name in ("no.jsonl", "no", "sub/dir/no"):
         text = message_of(lambda name=name: load(tmp_path / name))
-        assert "no such file or folder. Check --train_dataset." in text and name in text
+        assert "no such file or folder. Check `train_dataset`." in text and name in text
     assert "no such file or folder" in message_of(lambda: load(""))
     assert message_of(lambda: load("no_such_file.json")).startswith("no_such_file.json: no such file or folder.")
 
@@ -264,7 +266,7 @@ def test_hub_failure_is_one_line(monkeypatch, name):
     monkeypatch.setattr("tamis.data.load_dataset", load_dataset)
     text = message_of(lambda: load(name))
     assert text.startswith(
-        f"{name}: no such file or folder, nor a hub data set with split 'train'; check --train_dataset ("
+        f"{name}: no such file or folder, nor a hub data set with split 'train'; check `train_dataset` ("
     )
     assert text.endswith("(ConnectionError: Couldn't reach the hub).")
 
@@ -288,7 +290,7 @@ def test_hub_name_with_config(monkeypatch):
     ("name", "content", "expected"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, row 1 (line 2)"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "a.jsonl, row 1 (line 2)"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl, row 1 (line 3)"),
         ("a.jsonl", b'[{"text": "a"}]', "a.jsonl, row 0 (line 1): [{'text': 'a'}] is not an object"),
         ("a.jsonl", b'{"text": "a"}{"text": "b"}', "Extra data at character 14"),
         ("a.json", b'[{"text": "a"},\n{"text": ]', "a.json, line 2: not valid JSON (Expecting value"),
@@ -296,7 +298,7 @@ def test_hub_name_with_config(monkeypatch):
         ("a.json", b'{\n"data": [\n]}', "a.json, row 0 (line 1), which must be one whole object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}', "a.jsonl, row 1 (line 2): half of a surrogate pair"),
         ("a.jsonl", '{"text": "ä"}'.encode("utf-16"), "a.jsonl: cannot be read as UTF-8 text"),
-        ("a.jsonl", b'{"text": "a"}\n \n\n[]\n\n', "a.jsonl, row 1 (line 2), which must be one whole object"),
+        ("a.jsonl", b'{"text": "a"}\n \n\n[]\n\n', "a.jsonl, row 1 (line 2): [] is not an object"),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"text": "\xff"}\n',
@@ -349,11 +351,11 @@ def test_unknown_layout_and_columns(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"q": "a", "a": "b"}])
     text = message_of(lambda: load(path))
     assert text.startswith("a.jsonl: no known layout fits the columns q, a.")
-    assert "--prompt_column and --response_column" in text
+    assert "`prompt_column` and `response_column`" in text
     assert 'no column "b"; there is q, a' in message_of(lambda: load(path, prompt_column="q", response_column="b"))
     named = {"prompt_column": "q", "response_column": "a"}
     assert 'no column "w"; there is q, a' in message_of(lambda: load(path, **named, weight_column="w"))
-    assert "train_dataset: --prompt_column" in message_of(lambda: load(path, prompt_column="q"))
+    assert "train_dataset: `prompt_column`" in message_of(lambda: load(path, prompt_column="q"))
     assert "name two columns" in message_of(lambda: load(path, prompt_column="q", response_column="q"))
 
 
@@ -452,7 +454,6 @@ def test_real_alpaca(tmp_path):
     rows = load_rows(write(tmp_path / "alpaca.json", raw), role="validation_dataset")
     assert rows["row"][:] == list(range(len(raw)))
     assert rows["completion"][:] == [row["output"] for row in raw]
-    assert rows["prompt"][0] == "What is the capital of France?\n"
-    for prompt, row in zip(rows["prompt"], raw, strict=True):
-        assert prompt.startswith(row["instruction"]) and row["input"] in prompt and prompt.endswith("\n")
+    assert rows["prompt"][:] == [row["instruction"] for row in raw]
+    assert rows["prompt_input"][:] == [row["input"] if row["input"].strip() else None for row in raw]
     check_rows(rows, "validation_dataset")

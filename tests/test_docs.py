@@ -80,7 +80,8 @@ def test_the_picture_shows_the_modules_of_the_package():
 def test_flags_are_fields_of_the_command_line(path):
     text = path.read_text(encoding="utf-8")
     dataclasses = (DataArguments, BilevelConfig, ModelConfig, DemoArguments)
-    known = {"config", "help", *(field.name for dataclass in dataclasses for field in fields(dataclass))}
+    known = {field.name for dataclass in dataclasses for field in fields(dataclass)}
+    known |= {"config", "help", "help_all", "version"}
     assert not set(_FLAG.findall(_BENCHMARK.sub("", text))) - known
 
 

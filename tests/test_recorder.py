@@ -217,7 +217,7 @@ def test_a_run_leaves_its_settings_and_metrics(bilevel, tmp_path):
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     info = config.pop("run_info")
     assert config.items() >= settings.items() and "bmo_temperature" not in config
-    assert BilevelConfig(**config).to_dict() == trainer.args.to_dict()
+    assert BilevelConfig(**config, overwrite_output_dir=True).to_dict() == trainer.args.to_dict()
     assert info["format_version"] == FORMAT_VERSION and info["versions"].keys() >= {"torch", "trl", "tamis"}
     assert info["dataset_fingerprints"].keys() == {"train_dataset", "validation_dataset", "eval_dataset"}
     assert len(set(info["dataset_fingerprints"].values())) == 3

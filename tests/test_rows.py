@@ -9,7 +9,8 @@ from conftest import message_of, write_jsonl
 from datasets import Dataset
 
 from tamis.data import load_rows
-from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, report_dropped, row_table
+from tamis.lengths import report_dropped
+from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, row_table
 
 QA = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?\n", "answer": " 6"}]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -73,7 +74,7 @@ def test_check_rows_counts_across_batches(monkeypatch):
 
 def test_content_hashes_depend_on_content_alone(tmp_path):
     jsonl = load(tmp_path / "a.jsonl", QA)
-    (tmp_path / "b.csv").write_text("id,answer,question\n1,4,2+2?\n2, 6,3+3?\n")
+    (tmp_path / "b.csv").write_text('id,answer,question\n1,4,2+2?\n2, 6,"3+3?\n"\n')
     csv = load_rows(tmp_path / "b.csv", role="train_dataset")
     hashes = content_hashes(jsonl)
     assert hashes == content_hashes(csv) and fingerprint(hashes) == fingerprint(content_hashes(csv))
@@ -167,7 +168,7 @@ def test_row_table():
 def test_report_dropped_names_the_first(caplog, ids):
     rows = Dataset.from_dict({"text": list("wxyz"), "example_id": ids})
     report_dropped("eval_dataset", rows, rows.select([3, 0]), max_length=5)
-    assert "2 of 4 rows dropped" in caplog.text and "(first: eval_dataset, row 1)" in caplog.text
+    assert "2 of 4 rows dropped" in caplog.text and "max_length=5: rows 1, 2. Raise" in caplog.text
     caplog.clear()
     report_dropped("eval_dataset", rows, rows.select([3, 1, 0, 2]), max_length=5)
     assert caplog.text == ""
@@ -185,3 +186,10 @@ def test_no_column_is_walked_row_by_row(monkeypatch):
     rows = attach_example_ids(attach_example_ids(rows))
     row_table(rows, check_rows(rows, "train_dataset"))
     report_dropped("train_dataset", rows, rows.select([0, 2]), max_length=5)
+
+
+def test_validation_rows_that_are_the_training_rows(tmp_path, caplog):
+    train = load(tmp_path / "train.jsonl", [{"text": text} for text in "abc"])
+    same = load(tmp_path / "val.jsonl", [{"text": text} for text in "cba"])
+    (message,) = overlap(caplog, train, same)
+    assert message.startswith("validation_dataset and train_dataset have the same rows")

@@ -63,7 +63,8 @@ def one_step(make, *args, **settings):
 @pytest.mark.parametrize("name", FORMATS)
 def test_plain_mixing_is_sft(bilevel, sft, name):
     settings = {"per_device_train_batch_size": 6}
-    loss, gradients, _ = one_step(bilevel, FORMATS[name], loss_reduction="token", **PLAIN_MIXING, **settings)
+    whole = {"assistant_only_loss": False} if name == "chat" else {}  # what TRL trains on
+    loss, gradients, _ = one_step(bilevel, FORMATS[name], loss_reduction="token", **PLAIN_MIXING, **settings, **whole)
     expected_loss, expected, _ = one_step(sft, FORMATS[name], **settings)
     assert loss == pytest.approx(expected_loss, abs=1e-6)
     assert_close(gradients, expected)
@@ -342,12 +343,12 @@ def test_prompts_that_fill_max_length_are_dropped_and_named(bilevel, caplog):
     train = [*pairs(3), {"prompt": "1" * 40, "completion": "2"}, *pairs(2, 20)]
     with caplog.at_level(logging.WARNING):
         trainer = bilevel(train, pairs(4, 95), max_length=20, max_steps=2)
-    assert "train_dataset: 1 of 6 rows dropped" in caplog.text and "first: train_dataset, row 3" in caplog.text
+    assert "train_dataset: 1 of 6 rows dropped" in caplog.text and "max_length=20: row 3. Raise" in caplog.text
     trainer.train()
     assert trainer.weighting.row_weights.num_updates_N[3] == 0 and 3 not in trainer.train_dataset["example_id"]
-    with pytest.raises(ValueError, match=r"train_dataset: all 1 rows .* Raise --max_length"):
+    with pytest.raises(ValueError, match=r"train_dataset: all 1 rows .* Raise `max_length`"):
         bilevel([train[3]], pairs(4, 95), max_length=20)
-    with pytest.raises(ValueError, match=r"validation_dataset: all 1 rows .* Raise --max_length"):
+    with pytest.raises(ValueError, match=r"validation_dataset: all 1 rows .* Raise `max_length`"):
         bilevel(pairs(4), [train[3]], max_length=20)
 
 
@@ -433,13 +434,16 @@ def test_teacher_forced_match_is_not_exact_match_for_truncated_rows(bilevel):
     assert greedy(trainer, "1=", 40) == "2" * 40
 
 
-def test_teacher_forced_match_is_not_exact_match_for_messages(bilevel):
-    """Every answer is what greedy decoding gives, and the tokens of the user, who may say anything, count as well."""
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_teacher_forced_match_is_exact_match_for_messages_unless_all_tokens_are_trained_on(bilevel, is_whole):
+    """Every answer is what greedy decoding gives; where the user's tokens count as well, they may be anything."""
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": q * 2}]} for q in "abcd"]
-    trainer = bilevel(rows, evaluation=rows, **PLAIN_MIXING, learning_rate=1e-2, max_steps=80)
+    settings = PLAIN_MIXING | ({"assistant_only_loss": False} if is_whole else {})
+    trainer = bilevel(rows, evaluation=rows, **settings, learning_rate=1e-2, max_steps=80)
     trainer.train()
     assert [greedy(trainer, f"<user>{q}<eos><assistant>", 3) for q in "abcd"] == [f"{q * 2}<eos>" for q in "abcd"]
-    assert trainer.evaluate()["eval_teacher_forced_match"] <= 0.25
+    match = trainer.evaluate()["eval_teacher_forced_match"]
+    assert match <= 0.25 if is_whole else match == 1
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def test_a_model_with_nan_names_its_rows(bilevel):
 def test_a_rate_at_which_scouts_diverge_is_said(bilevel):
     trainer = bilevel(TRAIN, TRUSTED, max_steps=2, scout_learning_rate=1e30)
     before = parameters(trainer.model)
-    with pytest.raises(ValueError, match=r"scouting at learning rates 1e\+30 .* lower --scout_learning_rate"):
+    with pytest.raises(ValueError, match=r"scouting at learning rates 1e\+30 .* lower `scout_learning_rate`"):
         trainer.train()
     assert_close(parameters(trainer.model), before, atol=0)
 

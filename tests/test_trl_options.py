@@ -81,7 +81,7 @@ REFUSED_VALUES = [
     ({"fp16": True, "reference": "tracked", "selector": "mirror"}, "fp16 scales the loss"),
     ({"activation_offloading": True}, "activation_offloading needs an accelerator"),
     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy 'sequential'"),
-    ({"save_only_model": True, "refine_fraction": 0.5}, "set --refine_on_error continue"),
+    ({"save_only_model": True, "refine_fraction": 0.5}, "set `refine_on_error='continue'`"),
     ({"completion_only_loss": False, "refine_fraction": 0.5}, "completion_only_loss false trains on prompts"),
 ]
 ALLOWED_VALUES = [
@@ -308,9 +308,9 @@ def test_the_auxiliary_loss_of_experts_is_that_of_trl(both):
 
 ARGUMENTS_THAT_WORK = """
     model data_collator train_dataset eval_dataset processing_class compute_metrics callbacks optimizers
-    optimizer_cls_and_kwargs preprocess_logits_for_metrics quantization_config peft_config
+    optimizer_cls_and_kwargs preprocess_logits_for_metrics quantization_config peft_config formatting_func
 """.split()  # noqa: SIM905
-ARGUMENTS_THAT_ARE_REFUSED = ["args", "compute_loss_func", "formatting_func"]
+ARGUMENTS_THAT_ARE_REFUSED = ["args", "compute_loss_func"]
 TRAIN, VALIDATION = Dataset.from_list(pairs(4)), Dataset.from_list(pairs(2, 95))
 CHAT = Dataset.from_list(
     [{"messages": [{"role": "user", "content": "1="}, {"role": "assistant", "content": "2"}]} for _ in range(2)]
@@ -320,10 +320,9 @@ REFUSED_ARGUMENTS = [
     ({"args": None}, "args must be a BilevelConfig, got NoneType"),
     ({"args": SFTConfig(output_dir="unused", use_cpu=True, bf16=False)}, "args must be a BilevelConfig, got SFTConfig"),
     ({"compute_loss_func": lambda outputs, labels, num_items_in_batch: 0}, "compute_loss_func replaces the loss"),
-    ({"formatting_func": lambda row: row["text"]}, "formatting_func: apply it first"),
     ({"train_dataset": None}, f"train_dataset {NOT_A_DATASET} NoneType"),
     ({"train_dataset": pairs(4)}, f"train_dataset {NOT_A_DATASET} list"),
-    ({"train_dataset": DatasetDict(train=TRAIN)}, f"train_dataset {NOT_A_DATASET} DatasetDict"),
+    ({"train_dataset": DatasetDict(a=TRAIN, b=TRAIN)}, "train_dataset has the splits a, b: give one of them"),
     ({"train_dataset": TRAIN.to_iterable_dataset()}, f"train_dataset {NOT_A_DATASET} IterableDataset"),
     ({"validation_dataset": {"a": VALIDATION}}, f"validation_dataset {NOT_A_DATASET} dict"),
     ({"validation_dataset": VALIDATION.to_iterable_dataset()}, f"validation_dataset {NOT_A_DATASET} IterableDataset"),
@@ -360,7 +359,7 @@ def test_arguments_that_are_refused(tmp_path, arguments, message):
 
 def test_what_is_refused_once_the_model_is_loaded_writes_nothing_either(tmp_path, model_dir):
     rows = Dataset.from_list([{"prompt": "1" * 40, "completion": "2"}])
-    with pytest.raises(ValueError, match="Raise --max_length"):
+    with pytest.raises(ValueError, match="Raise `max_length`"):
         BilevelTrainer(model_dir, config(tmp_path, max_length=20, **MIXING), train_dataset=TRAIN, eval_dataset=rows)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

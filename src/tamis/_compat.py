@@ -3,9 +3,10 @@
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as INTEGRATIONS
 from trl.import_utils import is_vllm_available
 
-__all__ = ["LoraLayer", "is_vllm_available", "vllm_generation"]
+__all__ = ["INTEGRATIONS", "LoraLayer", "is_vllm_available", "vllm_generation"]
 
 
 def vllm_generation(*args: Any, **kwargs: Any) -> Any:

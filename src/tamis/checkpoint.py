@@ -25,14 +25,14 @@ STATE_FILE = "tamis.safetensors"
 # Settings of ours that a resumed run may change: they do not enter what has been learned.
 _CHANGEABLE = (
     "refine_on_error", "generation_batch_size", "generator", "vllm_mode", "vllm_server_base_url",
-    "vllm_gpu_memory_utilization",
+    "vllm_gpu_memory_utilization", "overwrite_output_dir",
 )  # fmt: skip
 # Settings of TRL that say which tokens a row has, or which rows a step has.
 _OF_ROWS = (
     "seed", "data_seed", "dataloader_drop_last", "max_length", "truncation_mode", "completion_only_loss",
     "assistant_only_loss", "chat_template_path", "eos_token", "dataset_text_field",
 )  # fmt: skip
-_RESOLVED = ("score_map", "selector_learning_rate", "scout_learning_rates", "rho_start")
+_RESOLVED = ("prompts", "score_map", "selector_learning_rate", "scout_learning_rates", "rho_start")
 
 
 class ResumableError(RuntimeError):
@@ -108,7 +108,7 @@ def refuse_foreign(checkpoint: str | Path, identity: RunIdentity) -> None:
     path = Path(checkpoint) / STATE_FILE
     if not path.is_file():
         raise ValueError(
-            f"{checkpoint} has no {STATE_FILE}: it was written with --save_only_model or not by tamis, and cannot be "
+            f"{checkpoint} has no {STATE_FILE}: it was written with `save_only_model` or not by tamis, and cannot be "
             "resumed. Start a new run from its model"
         )
     with safe_open(path, "pt") as file:
@@ -118,7 +118,7 @@ def refuse_foreign(checkpoint: str | Path, identity: RunIdentity) -> None:
     if changes := _changes(json.loads(metadata["meaning"]), identity.meaning):
         raise ValueError(
             f"{checkpoint} belongs to a run that means something else ({'; '.join(changes)}): resume with its settings "
-            "and rows, or start a new run in another --output_dir"
+            "and rows, or start a new run in another `output_dir`"
         )
     for change in _changes(json.loads(metadata["given"]), identity.given):
         logger.info(f"changed since {Path(checkpoint).name}: {change}")

@@ -1,59 +1,26 @@
 """The command line: `tamis train` and `tamis demo`.
 
-Settings come from flags, from a YAML file (`--config run.yaml`), or both; flags win. Results go to stdout, everything
-else to stderr. A wrong input ends with one line on stderr and exit code 2, before any model is loaded.
+Results go to stdout, everything else to stderr. A wrong input ends with one line on stderr and exit code 2, before any
+model is loaded. What needs torch is imported where it is used: the help and the version are there at once.
 """
 
 import logging
 import sys
-from dataclasses import fields
+from contextlib import ExitStack
+from importlib.metadata import version
 from typing import Any
 
-from yaml import YAMLError
+from tamis.help import short_help
+from tamis.stopping import Stopped, StopSignals
 
 USAGE = """usage: tamis COMMAND [options]
 
   train   fine-tune a model on doubtful rows under the guidance of trusted ones; learns a weight for every row
   demo    make a small world and compare tamis with its alternatives on it (CPU, a few minutes)
 
-`tamis COMMAND --help` lists the options."""
-
-
-def make_train_parser() -> Any:
-    """The parser of `tamis train`: TRL's, with its options in groups."""
-    from transformers import TrainingArguments
-    from trl import ModelConfig, SFTConfig, TrlParser
-
-    from tamis.config import REFINING_FIELDS, BilevelConfig
-    from tamis.run import DataArguments
-
-    transformers_own = {f.name for f in fields(TrainingArguments)}
-    trl_own = {f.name for f in fields(SFTConfig)} - transformers_own
-    titles = ("data", "selection and its two levels", "online refining", "model and LoRA", "rows to tokens", "training")
-
-    def title_of(dtype: Any, name: str) -> str:
-        if dtype is DataArguments:
-            return "data"
-        if dtype is ModelConfig:
-            return "model and LoRA"
-        if name in REFINING_FIELDS:
-            return "online refining"
-        if name in transformers_own:
-            return "training"
-        return "rows to tokens" if name in trl_own else "selection and its two levels"
-
-    class GroupedParser(TrlParser):
-        def _add_dataclass_arguments(self, dtype: Any) -> None:
-            if not hasattr(self, "_groups"):
-                self._groups: Any = {title: self.add_argument_group(title) for title in titles}
-            self._dtype = dtype
-            super()._add_dataclass_arguments(dtype)
-
-        def _parse_dataclass_field(self, parser: Any, field: Any) -> None:  # type: ignore[override]
-            TrlParser._parse_dataclass_field(self._groups[title_of(self._dtype, field.name)], field)
-
-    dataclass_types: Any = (DataArguments, BilevelConfig, ModelConfig)
-    return GroupedParser(dataclass_types, prog="tamis train")
+`tamis COMMAND --help` lists the options, `tamis --version` tells the version."""
+COMMANDS = ("train", "demo")
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,48 +30,68 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE)
         return 0 if argv else 2
     command, options = argv[0], argv[1:]
-    if command not in ("train", "demo"):
+    if "--version" in argv:
+        print(f"tamis {version('tamis')}")
+        return 0
+    if command not in COMMANDS:
         print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
         return 2
-    from tamis.checkpoint import ResumableError
-    from tamis.losses import NonFiniteLossError
+    if command == "train" and ("-h" in options or "--help" in options):
+        print(short_help(), end="")
+        return 0
+    from tamis.errors import explain
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("tamis").setLevel(logging.INFO)
-    try:
-        return _run_train(options) if command == "train" else _run_demo(options)
-    except (NonFiniteLossError, ResumableError) as error:
-        print(f"tamis {command}: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, YAMLError) as error:
-        # One line for the user; where it came from for whoever looks into it.
-        logging.getLogger("tamis").debug("traceback", exc_info=True)
-        print(f"tamis {command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    with ExitStack() as terminal:
+        try:
+            with StopSignals() as stop:
+                return _run_train(options, terminal, stop) if command == "train" else _run_demo(options, terminal)
+        except Stopped as stopped:
+            code, text = stopped.exit_code, str(stopped)
+        except Exception as error:
+            explained = explain(error)
+            if explained is None:
+                raise
+            code, text = explained
+            # One line for the user; where it came from for whoever looks into it.
+            logger.debug("traceback", exc_info=True)
+        terminal.close()  # the bar, before the line
+        print(f"tamis {command}: {text}", file=sys.stderr)
+        return code
 
 
-def _run_train(options: list[str]) -> int:
+def _run_train(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
+    from tamis.parser import make_train_parser
     from tamis.run import train
+    from tamis.summary import format_summary, summarize
+    from tamis.terminal import quiet_terminal
 
-    data, args, model_args = make_train_parser().parse_args_and_config(options)
-    metrics = train(data, args, model_args)
-    for name in ("eval_loss", "eval_teacher_forced_match"):
-        if name in metrics:
-            print(f"{name} {metrics[name]:.4f}")
-    print(f"weights {args.output_dir}/weights.parquet")
-    if args.refines:
-        print(f"responses {args.output_dir}/refinements.parquet")
-    print(f"model {args.output_dir}")
+    parser = make_train_parser()
+    if "--help_all" in options:
+        print(parser.format_help(), end="")
+        return 0
+    with quiet_terminal("passive"):
+        data, args, model_args = parser.parse_args_and_config(options)
+    log_level = args.log_level if args.process_index == 0 else args.log_level_replica
+    terminal.enter_context(quiet_terminal(log_level))
+    # The summary tells what the run has changed: by the model as it was, unless the run goes on from a later one.
+    has_held_out = data.eval_dataset is not None
+    args.eval_on_start = args.eval_on_start or (has_held_out and not args.resume_from_checkpoint)
+    train(data, args, model_args, stop=stop, shows_row=True)
+    if args.process_index == 0:
+        print(format_summary(summarize(str(args.output_dir), has_held_out=has_held_out)))
     return 0
 
 
-def _run_demo(options: list[str]) -> int:
-    from trl import TrlParser
-
+def _run_demo(options: list[str], terminal: ExitStack) -> int:
     from tamis.demo.run import DemoArguments, run_demo
+    from tamis.parser import StrictParser
+    from tamis.terminal import quiet_terminal
 
     dataclass_types: Any = (DemoArguments,)
-    (arguments,) = TrlParser(dataclass_types, prog="tamis demo").parse_args_and_config(options)
+    parser = StrictParser(dataclass_types, prog="tamis demo")
+    (arguments,) = parser.parse_args_and_config(options)
+    # Eleven runs: a line for each, and what they warn of.
+    terminal.enter_context(quiet_terminal(arguments.log_level, details_of=("tamis.demo", "tamis.compare")))
     run_demo(arguments)
     return 0
 

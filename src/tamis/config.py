@@ -47,6 +47,7 @@ class Resolved:
     generation_batch_size: int
     refine_start: float
     response_temperature: float
+    prompts: str | None = None  # see `tamis.prompts`
     refine_fraction: float | None  # None: as many as are likely to be wrong
 
     def __init__(self) -> None:
@@ -72,6 +73,19 @@ class BilevelConfig(SFTConfig):
         "Compute activations again in the backward pass: less memory, about 20%% slower. Default: on.",
         nargs="?",
         const=True,
+    )
+
+    assistant_only_loss: bool | None = setting(  # type: ignore[assignment]
+        None,
+        "Train on the answers in messages alone. Default: every answer where the chat template marks them with "
+        "{%% generation %%}, else the last one. false: on every token.",
+        nargs="?",
+        const=True,
+    )
+
+    # > Parameters that control the run
+    overwrite_output_dir: bool = setting(
+        False, "Replace the run that --output_dir holds: its checkpoints, model and files. Files of yours stay."
     )
 
     # > Parameters that control the selection
@@ -203,11 +217,12 @@ class BilevelConfig(SFTConfig):
 
     # --- what was left open -----------------------------------------------------------------------------------------
 
-    def resolve(self, selector: SelectorTraits | None = None) -> Resolved:
+    def resolve(self, selector: SelectorTraits | None = None, *, has_validation: bool = True) -> Resolved:
         """Fill in what was left open, each with the reason.
 
         Args:
             selector: an instance that takes the place of the name in the field `selector`.
+            has_validation: whether there are validation rows.
         """
         resolved = Resolved()
         scouts = self.scouts(selector)
@@ -228,7 +243,10 @@ class BilevelConfig(SFTConfig):
             rates = tuple(ratio * self.learning_rate for ratio in SCOUT_LEARNING_RATE_RATIOS)
             reason = f"{', '.join(map(str, SCOUT_LEARNING_RATE_RATIOS))} times learning_rate: unseen rows choose"
             resolved.set("scout_learning_rates", given, rates, reason)
-        resolved.set("rho", self.rho, None if scouts else DEFAULT_RHO, "half of the objective")
+        if has_validation:
+            resolved.set("rho", self.rho, None if scouts else DEFAULT_RHO, "half of the objective")
+        else:
+            resolved.set("rho", self.rho, 0.0, "there are no validation rows")
         resolved.set("rho_start", self.rho_start, resolved.rho, "constant rho")
         resolved.set(
             "per_device_validation_batch_size",
@@ -288,25 +306,25 @@ class BilevelConfig(SFTConfig):
         is_static = self.selector in ("column", "none") if selector is None else not selector.uses_excess
         if not is_static and not has_validation:
             raise ValueError(
-                f"selector {name} needs validation rows: give --validation_dataset, or choose --selector "
-                "column (weights from a column) or --selector none (every row counts the same)"
+                f"selector {name} needs validation rows: give `validation_dataset`, or choose "
+                "`selector='column'` (weights from a column) or `selector='none'` (every row counts the same)"
             )
-        if self.uses_validation(selector) and not has_validation:
-            rho = DEFAULT_RHO if self.rho is None else self.rho
+        if (self.rho or self.rho_start) and not has_validation:
             raise ValueError(
-                f"rho={rho}, rho_start={self.rho_start} weigh the validation rows, but --validation_dataset is "
-                "missing; or set --rho 0 and leave --rho_start out"
+                f"rho={self.rho}, rho_start={self.rho_start} weigh the validation rows, but `validation_dataset` is "
+                "missing: give it, or leave `rho` and `rho_start` out"
             )
         if self.rho is None and self.rho_start is not None and self.scouts(selector):
-            raise ValueError("rho_start goes to a rho that the scout chooses: set --rho too")
+            raise ValueError("rho_start goes to a rho that the scout chooses: set `rho` too")
         if self.refine_fraction == "auto" and not self.scouts(selector):
             raise ValueError(
                 f"refine_fraction 'auto' is the share of rows that a scout thinks wrong, and selector {name} sends "
-                "none: give a number, or choose --selector scout"
+                "none: give a number, or choose `selector='scout'`"
             )
         if selector is None and self.selector == "column" and not has_weight:
             raise ValueError(
-                "selector 'column' reads a column 'weight' of the training rows: name it by --weight_column"
+                "selector 'column' reads a column 'weight' of the training rows: name it by `weight_column`, "
+                "or rename it"
             )
         if self.refine_fraction == "auto" and self.refine_policy == "random":
             raise ValueError(
@@ -314,7 +332,7 @@ class BilevelConfig(SFTConfig):
             )
         if self.refines and self.refine_policy == "lowest" and selector is None and self.selector == "none":
             raise ValueError(
-                "selector 'none' gives all rows one weight: there is no lowest. Set --refine_policy random"
+                "selector 'none' gives all rows one weight: there is no lowest. Set `refine_policy='random'`"
             )
         self._refuse_pairs(is_static, selector)
         given = [*self.given_settings, *given_loader_settings(self)]
@@ -322,7 +340,10 @@ class BilevelConfig(SFTConfig):
         warn_without_effect(given, self._inactive(name, is_static, selector) | NO_EFFECT)
         if self.push_to_hub:
             rows = ", and refinements.parquet with prompts and responses of rows" if self.refines else ""
-            logger.warning(f"push_to_hub uploads the whole of output_dir: also config.yaml and weights.parquet{rows}")
+            logger.warning(
+                f"push_to_hub uploads the whole of output_dir: also config.yaml, weights.parquet, "
+                f"inference_example.py with a held-out row{rows}"
+            )
 
     def _refuse_bad_values(self) -> None:
         for name in ("rho", "rho_start", "rho_decay_ratio", "refine_fraction", "generation_top_p"):
@@ -355,15 +376,15 @@ class BilevelConfig(SFTConfig):
         if needs_plain_model and is_sharded(self):
             raise ValueError(
                 "a model sharded by FSDP or DeepSpeed runs as one wrapped module, and scouting, refining and the "
-                "references 'base' and 'tracked' need a forward of their own: choose another --selector with "
-                "--reference zero and --refine_fraction 0"
+                "references 'base' and 'tracked' need a forward of their own: choose another `selector` with "
+                "`reference='zero'` and `refine_fraction=0`"
             )
         if self.fp16 and self.reference == "tracked" and not is_static and not self.scouts(selector):
-            raise ValueError("fp16 scales the loss, and the reference 'tracked' has no scaler: set --bf16 instead")
+            raise ValueError("fp16 scales the loss, and the reference 'tracked' has no scaler: set `bf16` instead")
         if self.refines and self.save_only_model and self.refine_on_error == "stop":
             raise ValueError(
-                "save_only_model leaves nothing to resume from where a generator fails: set --refine_on_error "
-                "continue, or leave it out"
+                "save_only_model leaves nothing to resume from where a generator fails: set "
+                "`refine_on_error='continue'`, or leave it out"
             )
         if self.refines and self.completion_only_loss is False:
             raise ValueError("completion_only_loss false trains on prompts, which have no new responses: leave it out")

@@ -18,25 +18,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
+from tamis.bad_rows import BadRow, RowSieve
+from tamis.layouts import EXTRAS, chatml, choose_columns, names_by_kind, normalized
 from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, place_in_file
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-# What is read without naming columns, first fit first: TRL's own formats, then the customary names of pairs.
-LAYOUTS: tuple[tuple[str, ...], ...] = (
-    *(("prompt", "completion"), ("messages",), ("conversations",)),
-    *(("prompt", "response"), ("question", "answer"), ("question", "response")),
-    *(("instruction", "input", "output"), ("instruction", "output"), ("text",)),
-)
-KINDS = {1: ("messages",), 2: ("prompt", "completion"), 3: ("prompt", "input", "completion")}
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def load_rows(
@@ -47,26 +40,28 @@ def load_rows(
     prompt_column: str | None = None,
     response_column: str | None = None,
     weight_column: str | None = None,
+    skipped: list[dict[str, Any]] | None = None,
 ) -> Dataset:
-    """Load and check the rows that `source` names, in order, in one of TRL's formats.
+    """Load and check the rows that `source` names, in order.
 
     Columns of the result: `prompt` and `completion` (text, or lists of messages), or `messages`, or `text`; `row`
     (int64, index in its file, from 0); `source` (name of the file or hub data set); with `weight_column`, `weight`
-    (float64). All other columns are dropped. Values stay as they are written, NA and 007 in CSV too, except that:
-
-    - a text prompt gets a newline at its end where it has none, unless its columns are called `prompt` and
-      `completion`: TRL joins the two without a separator. One newline is a boundary in the common byte-level
-      tokenizers; a space, and in GPT-2's a second newline, merges with the start of the response;
-    - instruction and input (Alpaca) become the prompt "{instruction}\\n\\n{input}\\n", or "{instruction}\\n";
-    - ShareGPT messages (from, value) become role and content, with user for human and assistant for gpt.
+    (float64). What belongs to a prompt beside these keeps a column of its own, null where a row has none:
+    `prompt_input` (Alpaca's input), `system`, `history` (list of [user, assistant]) and `tools` (JSON). The
+    `prompt_template` of `BilevelTrainer` joins them. All other columns are dropped. Values stay as they are written,
+    NA and 007 in CSV too, except that ShareGPT messages (from, value) become role and content, with user for human
+    and assistant for gpt.
 
     Args:
         source: a .json (list of objects, or one a line), .jsonl, .csv, .tsv or .parquet file (text also with .gz), a
             folder of them, a folder written by `Dataset.save_to_disk`, or a hub name, NAME or NAME:CONFIG.
         role: the flag it came from, `train_dataset`, `validation_dataset` or `eval_dataset`; used in messages.
         split: the split of a folder or a hub data set; a single file has none and is read whole.
-        prompt_column, response_column: the columns of a pair where their names are not customary.
-        weight_column: a column of finite weights >= 0, one for each row.
+        prompt_column, response_column: the columns of a pair where their names are not customary. A dot leads into
+            an object: `meta.answer`.
+        weight_column: a column of finite weights >= 0, one for each row; as there.
+        skipped: a list that gets the bad rows, see `tamis.bad_rows.RowSieve`, instead of an error on the first. They
+            are left out, and the others keep their `row`. A file that cannot be read at all stays an error.
 
     Raises:
         ValueError: nothing is there, it cannot be read, no layout is recognised, or a row fails a check of
@@ -74,14 +69,38 @@ def load_rows(
     """
     named = tuple(column for column in (prompt_column, response_column) if column is not None)
     if len(set(named)) == 1:
-        raise ValueError(f"{role}: --prompt_column and --response_column go together and name two columns.")
-    parts = [_canonical(rows, name, named, weight_column) for name, rows in _read_source(str(source), role, split)]
+        raise ValueError(f"{role}: `prompt_column` and `response_column` go together and name two columns.")
+    return joined(
+        [
+            _canonical(rows, name, named, weight_column, skipped)
+            for name, rows in _read_source(str(source), role, split)
+        ],
+        str(source),
+    )
+
+
+def joined(parts: list[pa.Table], name: str) -> Dataset:
+    """One data set of the rows of several files.
+
+    Raises:
+        ValueError: their layouts differ.
+    """
     for part in parts:
-        if set(part.column_names) != set(parts[0].column_names):
+        if _layout(part) != _layout(parts[0]):
             raise ValueError(
                 f"{part['source'][0]}: not the layout of {parts[0]['source'][0]}. Give all files the same."
             )
-    table = _one_table(parts, str(source))
+    table = _one_table(parts, name)
+    return Dataset(table, fingerprint=_digest(table))
+
+
+def rows_of(dataset: Dataset, role: str) -> Dataset:
+    """The rows of a data set in memory, as `load_rows` gives those of a file; a column `weight` is kept.
+
+    Raises:
+        ValueError: see `load_rows`.
+    """
+    table = _canonical(dataset, role, (), "weight" if "weight" in dataset.column_names else None)
     return Dataset(table, fingerprint=_digest(table))
 
 
@@ -100,10 +119,10 @@ def _read_source(source: str, role: str, split: str) -> Iterator[tuple[str, Rows
             name = (path.name / file.relative_to(path)).as_posix()
             yield name, _read_file(file, name)
     elif _looks_like_path(source):
-        raise ValueError(f"{source}: no such file or folder. Check --{role}.")
+        raise ValueError(f"{source}: no such file or folder. Check `{role}`.")
     else:
         name, _, config = source.partition(":")
-        with _one_line(f"{source}: no such file or folder, nor a hub data set with split {split!r}; check --{role}"):
+        with _one_line(f"{source}: no such file or folder, nor a hub data set with split {split!r}; check `{role}`"):
             dataset = load_dataset(name, config or None, split=split)
         yield source, dataset
 
@@ -187,19 +206,24 @@ def _parse_json(lines: Iterator[str], name: str) -> Iterator[dict[str, Any]]:
 
 
 def _parse_json_lines(lines: Iterator[str], name: str) -> Iterator[dict[str, Any]]:
-    num_blank = 0  # in a row; those at the end of the file are none of its rows
-    for i, line in enumerate(lines):
+    num_rows = num_blank = num_skipped = 0  # blank lines at the end of the file are not worth a word
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             num_blank += 1
             continue
-        first, text = (i, line.removesuffix("\n")) if num_blank == 0 else (i - num_blank, "")
+        num_skipped = num_blank
         try:
-            row = json.loads(text)
+            row = json.loads(line.removesuffix("\n"))
+            _check_object(row, name, num_rows, _HALF_A_PAIR.search(line) is not None)
         except json.JSONDecodeError as error:
-            where = f"row {first} (line {first + 1}), which must be one whole object"
-            raise ValueError(f"{name}, {where}: {_not_json(error)}") from error
-        _check_object(row, name, i, _HALF_A_PAIR.search(text) is not None)
+            where = f"row {num_rows} (line {number}), which must be one whole object"
+            row = BadRow(f"{name}, {where}: {_not_json(error)}", line)
+        except ValueError as error:
+            row = BadRow(str(error), line)
         yield row
+        num_rows += 1
+    if num_skipped:
+        logger.info("%s: %d blank lines are skipped; rows and lines are counted without them", name, num_skipped)
 
 
 def _not_json(error: json.JSONDecodeError) -> str:
@@ -227,69 +251,68 @@ def _parse_csv(lines: Iterator[str], name: str, delimiter: str) -> Iterator[dict
             raise csv.Error(f"a column is named twice in the header {', '.join(header)}")
         for row in reader:
             if row and len(row) != len(header):
-                raise csv.Error(f"{len(row)} values for {len(header)} columns")
-            if row:
+                error = f"{len(row)} values for {len(header)} columns"
+                yield BadRow(_not_csv(name, num_rows, reader.line_num, error), delimiter.join(row))
+            elif row:
                 yield dict(zip(header, row, strict=True))
-                num_rows += 1
+            num_rows += bool(row)
     except csv.Error as error:
-        where = f"{name}, row {num_rows} (line {reader.line_num})"
-        raise ValueError(f"{where}: {error}. Check the separators and the quotes.") from error
+        raise ValueError(_not_csv(name, num_rows, reader.line_num, error)) from error
 
 
-def _canonical(rows: Rows, name: str, named: tuple[str, ...], weight_column: str | None) -> pa.Table:
+def _not_csv(name: str, row: int, line: int, error: csv.Error | str) -> str:
+    return f"{name}, row {row} (line {line}): {error}. Check the separators and the quotes."
+
+
+def _canonical(
+    rows: Rows,
+    name: str,
+    named: tuple[str, ...],
+    weight_column: str | None,
+    skipped: list[dict[str, Any]] | None = None,
+) -> pa.Table:
     """Check the rows of one file under its own column names, then bring them into the columns of `load_rows`."""
     place = partial(place_in_file, name)
-    check, tables, weights = ContentCheck(place), list[pa.Table](), list[Any]()
-    found, used = dict[str, None](), tuple[str, ...]()
+    check, sieve = ContentCheck(place), RowSieve(name, place, skipped, weight_column)
+    tables, weights, row_numbers = list[pa.Table](), list[Any](), list[int]()
+    found, used, names = dict[str, None](), tuple[str, ...](), dict[str, str]()
     for batch in batches(rows):
         found |= dict.fromkeys(chain.from_iterable(batch) if isinstance(batch, list) else batch.column_names)
-        used = _layout(list(found), named, weight_column, name, before=used)
-        names = dict(zip(used if used == ("text",) else KINDS[len(used)], used, strict=True))
+        if not found:  # rows that could not be read have no columns
+            sieve.good_places(batch, {"": [None] * len(batch)}, None, {"": ""}, check)
+            continue
+        used = choose_columns(list(found), named, weight_column, name, before=used)
+        names = names_by_kind(used, list(found), weight_column)
         columns = {kind: column_values(batch, column) for kind, column in names.items()}
         if "messages" in columns:
-            columns["messages"] = [_chatml(messages) for messages in columns["messages"]]
-        if weight_column is not None:
-            weights += column_values(batch, weight_column)
-        if check.add(columns, names):
+            columns["messages"] = [chatml(messages) for messages in columns["messages"]]
+        batch_weights = None if weight_column is None else column_values(batch, weight_column)
+        first = check.num_rows
+        kept = sieve.good_places(batch, columns, batch_weights, names, check)
+        if batch_weights is not None:
+            weights += [batch_weights[i] for i in kept]
+        row_numbers += [first + i for i in kept]
+        if kept and check.is_good:
+            columns = {kind: [values[i] for i in kept] for kind, values in columns.items()}
             with _one_line(f"{name}: the rows do not fit into one table"):
-                tables.append(pa.table(_with_whole_prompts(columns, is_verbatim=used == LAYOUTS[0])))
+                tables.append(pa.table(normalized(columns)))
     if check.num_rows == 0:
         raise ValueError(f"{name}: there are no rows. Give a file with at least one row.")
-    logger.info("%s: %d rows from the columns %s of %s", name, check.num_rows, ", ".join(used), ", ".join(found))
+    sieve.report(check.num_rows)
+    logger.info(
+        "%s: %d rows from the columns %s of %s", name, len(row_numbers), ", ".join(names.values()), ", ".join(found)
+    )
     check.finish()
     table = _one_table(tables, name)
+    table = table.select([column for column in table.column_names if not pa.types.is_null(table[column].type)])
     if weight_column is not None:
         table = table.append_column("weight", pa.array(check_weights(weights, weight_column, place)))
-    table = table.append_column("row", pa.array(np.arange(len(table))))
+    table = table.append_column("row", pa.array(row_numbers, pa.int64()))
     return table.append_column("source", pa.repeat(name, len(table)))
 
 
-def _layout(
-    found: list[str], named: tuple[str, ...], weight_column: str | None, name: str, before: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Return the columns to read of those found so far; `before`: those that were read of the rows above."""
-    used = named or next((layout for layout in LAYOUTS if set(layout) <= set(found)), ())
-    if not used:
-        unknown = f"no known layout fits the columns {', '.join(found)}"
-        raise ValueError(f"{name}: {unknown}. Name two by --prompt_column and --response_column.")
-    for column in (*used, weight_column or used[0]):
-        if column not in found:
-            raise ValueError(f'{name}: there is no column "{column}"; there is {", ".join(found)}.')
-    if before and set(used) - set(before) - {"input"}:  # rows without an input may come first
-        change = f"the first rows have the columns {', '.join(before)}, later ones {', '.join(used)}"
-        raise ValueError(f"{name}: {change}. Give all rows the same.")
-    return used
-
-
-def _with_whole_prompts(columns: dict[str, list[Any]], is_verbatim: bool) -> dict[str, list[Any]]:
-    """Join instruction and input, and end text prompts with a newline."""
-    prompts, inputs = columns.get("prompt", []), columns.get("input")
-    if inputs:
-        prompts = [f"{a}\n\n{b}" if b and b.strip() else a for a, b in zip(prompts, inputs, strict=True)]
-    if prompts and isinstance(prompts[0], str) and not is_verbatim:
-        prompts = [prompt if prompt.endswith("\n") else prompt + "\n" for prompt in prompts]
-    joined = {"prompt": prompts} if prompts else {}
-    return joined | {kind: column for kind, column in columns.items() if kind not in ("prompt", "input")}
+def _layout(table: pa.Table) -> set[str]:
+    return set(table.column_names) - {"prompt_input", *EXTRAS}
 
 
 def _one_table(tables: list[pa.Table], name: str) -> pa.Table:
@@ -305,13 +328,3 @@ def _digest(table: pa.Table) -> str:
         for buffer in chain.from_iterable(chunk.buffers() for chunk in column.chunks):
             digest.update(buffer or b"")
     return digest.hexdigest()
-
-
-def _chatml(messages: Any) -> Any:
-    """Turn ShareGPT's from and value into role and content; what has neither is left to the checks."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return messages
-    return [
-        {"role": SHAREGPT_ROLES.get(str(m.get("from")), m.get("from")), "content": m["value"]} if "value" in m else m
-        for m in messages
-    ]

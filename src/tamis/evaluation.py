@@ -21,8 +21,8 @@ class RowEvaluation(SFTTrainer):
 
     - ``loss``: mean over rows of the token-mean loss, in nats per token. TRL's is a mean over batches.
     - ``teacher_forced_match``: share of rows whose every trained token is the model's first choice given the tokens
-      before it. It equals greedy decoding's exact match for prompt/completion rows that were not truncated; not for
-      ``messages`` (the tokens of the user count) or truncated rows (greedy decoding may never stop).
+      before it. It equals greedy decoding's exact match for rows of a prompt and one response that were not truncated;
+      not where other tokens are trained on too, or of truncated rows (greedy decoding may never stop).
     - ``mean_token_accuracy``, ``entropy`` (nats): mean over trained tokens. TRL's are means over batches.
     """
 

@@ -1,12 +1,13 @@
 """The datasets that a trainer is given: one door for all of them, before a model is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset
 
 from tamis.config import BilevelConfig
-from tamis.rows import check_overlap, check_rows, content_columns
+from tamis.forms import as_rows, check_token_rows, is_in_tokens, token_columns
+from tamis.rows import check_overlap, check_rows, content_columns, is_conversational
 
 _IMAGE_COLUMNS = ("image", "images")
 
@@ -18,27 +19,27 @@ def held_out_datasets(evaluation: Any) -> dict[str, Any]:
     return {} if evaluation is None else {"eval_dataset": evaluation}
 
 
-def named_datasets(train: Any, validation: Any, evaluation: Any) -> dict[str, Dataset]:
+def named_datasets(
+    train: Any, validation: Any, evaluation: Any, formatting_func: Callable[[dict[str, Any]], str] | None = None
+) -> dict[str, Dataset]:
     """All data sets by their roles: `train_dataset`, `validation_dataset`, and `eval_dataset` or its parts by name.
 
     Args:
-        validation, evaluation: may be None; ``evaluation`` may be a dict of data sets.
+        train, validation, evaluation: see `tamis.forms.as_rows`; the last two may be None, and ``evaluation`` a dict of
+            data sets.
+        formatting_func: as there.
 
     Raises:
-        ValueError: one is something else than a `datasets.Dataset`, or holds images.
+        ValueError: one cannot be taken, or holds images.
     """
-    named: dict[str, Any] = {"train_dataset": train}
-    if validation is not None:
-        named["validation_dataset"] = validation
     if evaluation == {}:
         raise ValueError("eval_dataset: there are no data sets in the dict. Leave it out")
-    named |= held_out_datasets(evaluation)
+    given = {"train_dataset": train}
+    if validation is not None:
+        given["validation_dataset"] = validation
+    given |= held_out_datasets(evaluation)
+    named = {role: as_rows(dataset, role, formatting_func) for role, dataset in given.items()}
     for role, dataset in named.items():
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"{role} must be a datasets.Dataset, got {type(dataset).__name__}: rows are counted and numbered, so "
-                "load it without streaming, and give one split of a DatasetDict"
-            )
         if found := [column for column in _IMAGE_COLUMNS if column in dataset.column_names]:
             raise ValueError(
                 f"{role}: rows with images in column {found[0]!r}: tamis trains on text, remove the column"
@@ -58,7 +59,7 @@ def check_datasets(datasets: Mapping[str, Dataset], args: BilevelConfig) -> dict
     hashes = {}
     for role, dataset in datasets.items():
         _refuse_text_field(role, dataset, args.dataset_text_field)
-        hashes[role] = check_rows(dataset, role)
+        hashes[role] = check_token_rows(dataset, role) if is_in_tokens(dataset) else check_rows(dataset, role)
     _refuse_mixed_formats(datasets, args)
     if "validation_dataset" in datasets:
         check_overlap(datasets, hashes)
@@ -68,7 +69,7 @@ def check_datasets(datasets: Mapping[str, Dataset], args: BilevelConfig) -> dict
 def _refuse_text_field(role: str, dataset: Dataset, name: str) -> None:
     """TRL reads the field of text rows only."""
     columns = set(dataset.column_names)
-    if name != "text" and not ({"prompt", "completion"} <= columns or "messages" in columns):
+    if name != "text" and not ({"prompt", "completion"} <= columns or columns & {"messages", "input_ids"}):
         raise ValueError(
             f"dataset_text_field '{name}': tamis reads the column text. Give {role} as "
             f'dataset.rename_column("{name}", "text")'
@@ -79,11 +80,17 @@ def _refuse_mixed_formats(datasets: Mapping[str, Dataset], args: BilevelConfig) 
     """TRL decides by the first training row which tokens are trained on, in the other data sets too."""
     if args.completion_only_loss is False and not args.assistant_only_loss:
         return  # every token of every row
-    expected = content_columns(datasets["train_dataset"], "train_dataset")
+    expected = _format_of(datasets["train_dataset"], "train_dataset")
     for role, dataset in datasets.items():
-        found = content_columns(dataset, role)
+        found = _format_of(dataset, role)
         if found != expected:
             raise ValueError(
-                f"train_dataset has {' and '.join(expected)}, {role} has {' and '.join(found)}: the loss would cover "
-                "other parts of their rows. Give all data sets one format"
+                f"train_dataset has {expected}, {role} has {found}: the loss would cover other parts of their rows. "
+                "Give all data sets one format"
             )
+
+
+def _format_of(dataset: Dataset, role: str) -> str:
+    names = token_columns(dataset) if is_in_tokens(dataset) else content_columns(dataset, role)
+    are_messages = names[0] == "prompt" and is_conversational(dataset)
+    return " and ".join(names) + (" as lists of messages" if are_messages else "")

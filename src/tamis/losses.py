@@ -13,9 +13,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from tamis.bilevel import example_losses
+from tamis.progress import track
 
 Parameters = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -42,7 +42,7 @@ def stop_if_not_finite(loss_B: Tensor, name_of: Callable[[int], str], step: int)
     raise NonFiniteLossError(
         f"step {step + 1}: the loss is not finite on {', '.join(map(name_of, bad[:8]))}"
         f"{', ...' if len(bad) > 8 else ''}. Stopped before the optimizer step; the last checkpoint is intact. "
-        "Look at the named rows; if every row is affected, lower --learning_rate."
+        "Look at the named rows; if every row is affected, lower `learning_rate`."
     )
 
 
@@ -116,7 +116,8 @@ def row_losses(
     # A generator of its own: a loader draws from the global one, and dropout goes on as if nothing had been measured.
     batches = DataLoader(rows, batch_size, collate_fn=collate, generator=torch.Generator())
     with evaluation_mode(model):
-        for batch in tqdm(batches, title, disable=not (title and accelerator.is_main_process)):
+        is_shown = bool(title) and accelerator.is_main_process
+        for batch in track(batches, title, len(batches), is_shown=is_shown):
             inputs = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             with torch.no_grad(), accelerator.autocast():
                 losses += fused_losses(model, inputs).float().tolist()

@@ -6,6 +6,7 @@
 | `metrics.jsonl`       | one JSON object per log step, appended as training goes                                      |
 | `weights.parquet`     | one row per training row: example_id, source, row, content_hash, weight, score, ...          |
 | `refinements.parquet` | one row per refresh and refined row: its new responses and their weights at that step        |
+| `skipped_rows.jsonl`  | one JSON object per row that was left out: source, row, problem, content (`--skip_bad_rows`) |
 | `scout.json`          | what scouting found: share of right rows, AUROC to expect, every trial (selector `scout`)    |
 | `scout.safetensors`   | what scores new responses (`tamis.selection.scout`); runs with refining only                 |
 
@@ -28,14 +29,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tamis.files import write_atomically
+from tamis.output_dir import config_path, write_config
 
 FORMAT_VERSION = 4
 SCOUT_REPORT = "scout.json"
+SKIPPED_ROWS = "skipped_rows.jsonl"
 _REFINEMENTS = pa.schema(
     {
         "example_id": pa.int64(),
@@ -86,8 +88,13 @@ class Recorder:
 
     def write_config(self, settings: dict[str, Any], info: dict[str, Any]) -> None:
         """``settings`` are command line names and values; ``info`` goes under ``run_info``, which replays ignore."""
-        text = yaml.safe_dump({**settings, "run_info": info}, sort_keys=False, allow_unicode=True)
-        write_atomically(self.output_dir / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+        write_config(config_path(self.output_dir), {**settings, "run_info": info})
+
+    def write_skipped(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write ``skipped_rows.jsonl``, where there are such rows; see `tamis.bad_rows.RowSieve`."""
+        if rows:
+            text = "".join(json.dumps(row, default=str) + "\n" for row in rows)
+            write_atomically(self.output_dir / SKIPPED_ROWS, lambda path: path.write_text(text, encoding="utf-8"))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. NaN and infinity are written as null: the lines are strict JSON."""
@@ -113,6 +120,8 @@ class Recorder:
                 break
             if record["step"] > step:
                 break
+            if "train_runtime" in record:  # the summary of a run that was to end here
+                continue
             kept.append(line + "\n")
         if step == 0:
             kept = []
@@ -206,7 +215,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
         except (OSError, json.JSONDecodeError):
             continue
         return str(folder)
-    raise ValueError(f"{output_dir} holds no complete checkpoint to resume from: start anew in another --output_dir")
+    raise ValueError(f"{output_dir} holds no complete checkpoint to resume from: start anew in another `output_dir`")
 
 
 def checkpoint_step(checkpoint: str | Path) -> int:

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from json.encoder import encode_basestring
@@ -22,6 +22,8 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
+# Columns that belong to a prompt beside the prompt itself; `tamis.prompts` puts them in.
+PROMPT_PARTS = ("prompt_input", "system", "history", "tools")
 MIXED = "text and lists of messages are mixed. Give all prompts and responses one form"
 BATCH_SIZE = 10_000
 Rows: TypeAlias = Iterator[dict[str, Any]] | Dataset
@@ -37,17 +39,20 @@ def check_rows(dataset: Dataset, role: str) -> list[str]:
         role: `train_dataset`, `validation_dataset` or `eval_dataset`; stands for the file where there is no `source`.
 
     Returns:
-        For each row 16 hex digits: BLAKE2b over prompt and completion, messages or text as JSON. Other columns and the
-        order of rows do not enter, nor do fields of a message that are null.
+        For each row 16 hex digits: BLAKE2b over prompt and completion, messages or text as JSON, with what belongs to
+        the prompt beside them (`PROMPT_PARTS`). Other columns and the order of rows do not enter, nor does what is
+        null.
 
     Raises:
         ValueError: no rows, no known format, a null prompt, a response without text, a value of the wrong type,
-            messages without a response, or a `weight` that is null, NaN, infinite or negative.
+            messages without a response or with training flags that cannot be honoured, or a `weight` that is null,
+            NaN, infinite or negative.
     """
     if len(dataset) == 0:
         raise ValueError(f"{role}: there are no rows. Give a data set with at least one row.")
     place = partial(row_name, dataset, role)
-    names = {name: name for name in content_columns(dataset, role)}
+    parts = [name for name in PROMPT_PARTS if name in dataset.column_names]
+    names = {name: name for name in [*content_columns(dataset, role), *parts]}
     check, hashes = ContentCheck(place), list[str]()
     for batch in batches(dataset):
         columns = {name: column_values(batch, name) for name in names}
@@ -72,8 +77,26 @@ def batches(rows: Rows) -> Iterator[list[dict[str, Any]] | Dataset]:
 
 
 def column_values(batch: list[dict[str, Any]] | Dataset, column: str) -> list[Any]:
-    """Return the values of one column as Python objects."""
-    return [row.get(column) for row in batch] if isinstance(batch, list) else batch.with_format(None)[column][:]
+    """Return the values of one column as Python objects; a dot in its name leads into an object, `meta.answer`."""
+    if isinstance(batch, list):
+        return [_value_at(row, column) for row in batch]
+    root = column if column in batch.column_names else column.partition(".")[0]
+    values = batch.with_format(None)[root][:]
+    return values if root == column else [_value_at({root: value}, column) for value in values]
+
+
+def has_column(column: str, found: Collection[str]) -> bool:
+    """Whether a name is that of a column, or leads into one."""
+    return column in found or column.partition(".")[0] in found
+
+
+def _value_at(row: dict[str, Any], column: str) -> Any:
+    if column in row or "." not in column:
+        return row.get(column)
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 class ContentCheck:
@@ -86,26 +109,46 @@ class ContentCheck:
     def __init__(self, place: Callable[[int], str]):
         self.place = place
         self.num_rows = 0
-        self._are_lists = False  # what all prompts and responses have to be: told by the very first value
+        self._are_lists: bool | None = None  # what all prompts and responses have to be: told by the first value
         self._bad: dict[str, list[tuple[int, str]]] = {}
 
     def add(self, columns: Mapping[str, list[Any]], names: Mapping[str, str]) -> bool:
         """Check the next rows, and return whether all is well so far.
 
         Args:
-            columns: their prompt (input) and completion, messages or text.
+            columns: their prompt and completion, messages or text, and then the `PROMPT_PARTS` that they have.
             names: what the file calls each of these columns.
         """
-        first = next(iter(columns.values()))
-        if self.num_rows == 0:
-            self._are_lists = isinstance(first[0], list)
+        content, first = next(iter(columns.items()))
+        value = next((value for value in first if value is not None), None)
+        if self._are_lists is None and value is not None:
+            self._are_lists = isinstance(value, list)
+        are_lists = bool(self._are_lists)
         for kind, column in columns.items():
             bad = self._bad.setdefault(names[kind], [])
             for i, value in enumerate(column, start=self.num_rows):
-                if problem := _problem(value, kind, self._are_lists):
+                is_part = kind in PROMPT_PARTS
+                problem = (
+                    _problem_of_part(value, kind, content, are_lists) if is_part else _problem(value, kind, are_lists)
+                )
+                if problem:
                     bad.append((i, problem))
         self.num_rows += len(first)
+        return self.is_good
+
+    @property
+    def is_good(self) -> bool:
+        """Whether no bad value has been found."""
         return not any(self._bad.values())
+
+    def take_bad(self) -> dict[int, str]:
+        """The bad rows that have been found, each with its problem; from then on they are none."""
+        found: dict[int, str] = {}
+        for name, bad in self._bad.items():
+            for i, problem in bad:
+                found.setdefault(i, f'{self.place(i)}, column "{name}": {problem}.')
+        self._bad = {}
+        return found
 
     def finish(self) -> None:
         """Raise ValueError on the first bad value."""
@@ -135,7 +178,7 @@ def _problem(value: Any, kind: str, are_lists: bool) -> str | None:
     if isinstance(value, list) and kind in ("prompt", "completion", "messages"):
         return _problem_of_messages(value, kind) if are_lists else MIXED
     if value is None:
-        return None if kind == "input" else f"the {noun} is missing. Remove the row or fill it in"
+        return f"the {noun} is missing. Remove the row or fill it in"
     if kind == "messages":
         return f"{reprlib.repr(value)} is not a list of messages. Give a list of objects with role and content"
     if not isinstance(value, str):
@@ -154,8 +197,59 @@ def _problem_of_messages(messages: list[Any], kind: str) -> str | None:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             return f"the content of message {i} is {reprlib.repr(content)}, not text. Correct it"
+    if problem := _problem_of_flags(messages, kind):
+        return problem
     answered = any(message["role"] == "assistant" and (message.get("content") or "").strip() for message in messages)
     return None if answered or kind == "prompt" else "no message of the assistant has content. Remove the row"
+
+
+def training_flag(message: Mapping[str, Any]) -> Any:
+    """Whether a message says that it is trained on: `train` (Axolotl, OpenPipe) or `weight` (OpenAI); None if not."""
+    flag = message.get("train")
+    return message.get("weight") if flag is None else flag
+
+
+def _problem_of_flags(messages: list[Any], kind: str) -> str | None:
+    """What can be honoured: all answers are trained on, or the last one; in prompt and completion, what TRL does."""
+    for i, message in enumerate(messages):
+        flag = training_flag(message)
+        if flag not in (None, 0, 1):
+            return f"message {i} has the weight {flag!r:.40}, not 0 or 1. Weigh the row instead, by --weight_column"
+        if flag and (message["role"] != "assistant" or kind == "prompt"):
+            return f"message {i} is to be trained on, and only the responses are. Remove its train or weight"
+    answers = [training_flag(message) in (None, 1) for message in messages if message["role"] == "assistant"]
+    if (
+        kind == "prompt"
+        or not answers
+        or all(answers)
+        or (kind == "messages" and answers[-1] and not any(answers[:-1]))
+    ):
+        return None
+    return "its train or weight fields leave out some answers, but not all but the last one. Make a row of each answer"
+
+
+def _problem_of_part(value: Any, kind: str, content: str, are_lists: bool) -> str | None:
+    """What is wrong with a part of a prompt beside a prompt, messages or text."""
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        return None
+    if content == "text":
+        return f"a text is trained on as it is, and has no place for {kind}. Rename the column, or put it in the text"
+    if are_lists and kind in ("prompt_input", "history"):
+        return f"messages have no place for {kind} beside them. Make messages of it, or rename the column"
+    if kind == "history":
+        is_right = isinstance(value, list) and all(
+            isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in value
+        )
+        return None if is_right else f"{reprlib.repr(value)} is not a list of [user, assistant]. Rename the column"
+    if kind == "tools":
+        try:
+            tools = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            tools = None
+        is_right = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+        return None if is_right else f"{reprlib.repr(value)} is not a list of tools, nor JSON of one. Rename the column"
+    noun = kind.removeprefix("prompt_")
+    return None if isinstance(value, str) else f"the {noun} {reprlib.repr(value)} is not text. Put it in quotes"
 
 
 def _as_json(value: Any) -> str:
@@ -174,6 +268,11 @@ def _as_json(value: Any) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """16 hex digits of what a row says."""
+    return _digest(_as_json(dict(content)))
 
 
 def fingerprint(hashes: Sequence[str]) -> str:
@@ -210,7 +309,13 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence
     for role in held_out:
         for message in shared("validation_dataset", role, "Remove them from one of the two."):
             raise ValueError(message)
-    messages = shared("validation_dataset", "train_dataset", "The choice of rows will favour them.")
+    if set(hashes["validation_dataset"]) == set(hashes["train_dataset"]):
+        messages = [
+            "validation_dataset and train_dataset have the same rows: nothing tells right rows from wrong ones. Give "
+            "rows that you trust to --validation_dataset, and keep them out of --train_dataset"
+        ]
+    else:
+        messages = shared("validation_dataset", "train_dataset", "The choice of rows will favour them.")
     for role in held_out:
         messages += shared(role, "train_dataset", "The result on them says nothing about new rows.")
     for message in messages:
@@ -221,7 +326,7 @@ def attach_example_ids(dataset: Dataset) -> Dataset:
     """Add `example_id` (int64), 0 .. N-1 in order; keep a column of that name, or raise ValueError if not unique."""
     if "example_id" not in dataset.column_names:
         return dataset.add_column("example_id", np.arange(len(dataset), dtype=np.int64))
-    ids = _arrow_column(dataset, "example_id")
+    ids = arrow_column(dataset, "example_id")
     if ids.type != pa.int64() or ids.null_count or pc.count_distinct(ids).as_py() != len(ids):
         raise ValueError('column "example_id": the ids must be unique int64 numbers. Remove it to get new ones.')
     return dataset
@@ -233,32 +338,13 @@ def row_table(dataset: Dataset, hashes: Sequence[str]) -> pa.Table:
     return pa.table(
         {
             "example_id": index,
-            "source": _arrow_column(dataset, "source").cast(pa.string())
+            "source": arrow_column(dataset, "source").cast(pa.string())
             if "source" in dataset.column_names
             else pa.nulls(len(dataset), pa.string()),
-            "row": _arrow_column(dataset, "row") if "row" in dataset.column_names else index,
+            "row": arrow_column(dataset, "row") if "row" in dataset.column_names else index,
             "content_hash": pa.array(hashes, pa.string()),
         }
     )
-
-
-def report_dropped(role: str, rows: Dataset, prepared: Dataset, max_length: int | None) -> None:
-    """Say how many rows TRL left out: those whose prompt alone fills ``max_length``.
-
-    Raises:
-        ValueError: those are all rows.
-    """
-    num_dropped = len(rows) - len(prepared)
-    too_long = f"their prompt alone is longer than max_length={max_length}"
-    if num_dropped == len(rows):
-        raise ValueError(f"{role}: all {len(rows)} rows are left out, {too_long}. Raise --max_length")
-    if num_dropped:
-        shown = ""
-        if "example_id" in prepared.column_names:
-            kept = _arrow_column(prepared, "example_id").combine_chunks()
-            is_kept = pc.is_in(_arrow_column(rows, "example_id"), value_set=kept)
-            shown = f" (first: {row_name(rows, role, pc.index(is_kept, False).as_py())})"
-        logger.warning(f"{role}: {num_dropped} of {len(rows)} rows dropped, {too_long}{shown}. Raise --max_length")
 
 
 def row_name(dataset: Dataset, role: str, i: int) -> str:
@@ -274,7 +360,8 @@ def place_in_file(name: str, row: int) -> str:
     return f"{name}, row {row}" + (f" (line {row + 1})" if name.lower().endswith((".jsonl", ".jsonl.gz")) else "")
 
 
-def _arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
+def arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
+    """One column as Arrow has it, without a copy."""
     return dataset.select_columns([column]).with_format("arrow")[:][column]
 
 
@@ -284,3 +371,9 @@ def content_columns(dataset: Dataset, role: str) -> list[str]:
         if set(names) <= set(dataset.column_names):
             return names
     raise ValueError(f"{role}: neither prompt and completion, messages nor text in {', '.join(dataset.column_names)}.")
+
+
+def is_conversational(dataset: Dataset) -> bool:
+    """Whether the rows are messages with roles; all rows of a checked data set are alike."""
+    names = [name for name in ("messages", "prompt") if name in dataset.column_names]
+    return bool(names) and isinstance(dataset.with_format(None)[0][names[0]], list)

@@ -1,6 +1,7 @@
 """What a dataclass of settings is made with: fields with their help, what was given, and what has no effect."""
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, field, fields
 from enum import Enum
@@ -8,8 +9,11 @@ from typing import Any, Literal, get_args, get_origin
 
 logger = logging.getLogger(__name__)
 
-# Not for a replay: a secret, where an earlier run was taken up, and what `config.yaml` tells of the run it came from.
-_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "run_info")
+# Messages name a setting and its value so: `max_steps`, `selector='none'`, `refine_fraction=0`.
+_SETTING = re.compile(r"`([a-z]\w*)(?:=(?:')?([^`']*)(?:')?)?`")
+
+# Not for a replay: a secret, what becomes of an earlier run, and what `config.yaml` tells of the run it came from.
+_NOT_REPLAYED = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir", "run_info")
 
 
 def setting(default: Any, help: str, **options: Any) -> Any:
@@ -39,6 +43,19 @@ def warn_without_effect(given: Iterable[str], inactive: dict[str, list[str]]) ->
     for name in given:
         if name in reasons:
             logger.warning(f"{name} is set but has no effect: {reasons[name]}")
+
+
+def as_flags(text: str) -> str:
+    """A message as the command line says it: the settings that it names, in backticks, as flags."""
+    return _SETTING.sub(lambda found: " ".join(filter(None, (f"--{found[1]}", found[2]))), text)
+
+
+class FlagFormatter(logging.Formatter):
+    """Shows the messages of a log by `as_flags`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See [`logging.Formatter`]."""
+        return as_flags(super().format(record))
 
 
 def as_number(name: str, value: Any) -> str:

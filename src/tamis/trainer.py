@@ -9,11 +9,15 @@ Shape suffixes: B rows of a micro-batch, training rows first; L its training row
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
+from copy import copy
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput
@@ -22,10 +26,27 @@ from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
 from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
+from tamis.forms import has_customary_columns
+from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets
+from tamis.lengths import report_dropped, report_truncated, with_num_tokens
 from tamis.losses import fused_forward, stop_if_not_finite
+from tamis.output_dir import (
+    announce_users_files,
+    claimed,
+    refuse_earlier_run,
+    remove_earlier_run,
+    users_card_kept,
+)
+from tamis.prerequisites import refuse_unreachable
+from tamis.prompts import Prompts, check_template
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
-from tamis.rows import attach_example_ids, fingerprint, report_dropped, row_name, row_table
+from tamis.rows import (
+    attach_example_ids,
+    fingerprint,
+    row_name,
+    row_table,
+)
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
 from tamis.trl_options import refuse_arguments, refuse_parallelism
@@ -48,11 +69,17 @@ class BilevelTrainer(RowEvaluation):
     Args:
         model, processing_class, peft_config, ...: as in [`~trl.SFTTrainer`].
         args: settings; `BilevelConfig` documents what is not TRL's.
-        train_dataset: the rows to weigh, in any text format of TRL. A column ``weight`` is read by ``column``.
-        validation_dataset: the rows that are trusted. May be None only where the selector needs none.
+        train_dataset: the rows to weigh, in any text format of TRL, with customary columns such as Alpaca's, or as
+            ``input_ids``; of a `DatasetDict` the split ``train``. A column ``weight`` is read by ``column``.
+        validation_dataset: the rows that are trusted, of a `DatasetDict` the split ``validation``. May be None only
+            where the selector needs none.
         eval_dataset: held-out rows, never trained on, never used for selection; or a dict of several such data sets,
             by name. `tamis.evaluation.RowEvaluation` documents the metrics.
+        formatting_func: makes the text of a row, as in [`~trl.SFTTrainer`].
         selector: a name of `BilevelConfig.selector`, or a `tamis.Selector` of your own; that of ``args`` when None.
+        prompt_template: what writes the prompts of rows without roles: ``auto``, ``chat``, ``plain``, ``alpaca`` or a
+            jinja file, see `tamis.prompts.Prompts`. None: rows with TRL's columns stay as they are, as in
+            [`~trl.SFTTrainer`], and it is ``auto`` for others.
 
     Raises:
         ValueError: the data or the settings cannot work; said before the model is loaded.
@@ -82,10 +109,11 @@ class BilevelTrainer(RowEvaluation):
         model: Any,
         args: BilevelConfig,
         *,
-        train_dataset: Dataset,
-        validation_dataset: Dataset | None = None,
+        train_dataset: Dataset | DatasetDict,
+        validation_dataset: Dataset | DatasetDict | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         selector: str | Selector | None = None,
+        prompt_template: str | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, BilevelConfig):
@@ -94,32 +122,57 @@ class BilevelTrainer(RowEvaluation):
         if isinstance(selector, str):
             args.selector, selector = selector, None  # type: ignore[assignment]
         check_available(args, selector)
-        datasets = named_datasets(train_dataset, validation_dataset, eval_dataset)
+        check_template(prompt_template)
+        formatting_func = kwargs.pop("formatting_func", None)
+        if formatting_func is not None and args.completion_only_loss:
+            raise ValueError(
+                "completion_only_loss has no completion to find in the text of formatting_func: leave it out"
+            )
+        if prompt_template is None and formatting_func is None and has_customary_columns(train_dataset):
+            prompt_template = "auto"
+        datasets = named_datasets(train_dataset, validation_dataset, eval_dataset, formatting_func)
+        train_dataset = datasets["train_dataset"]
         has_validation, has_weight = validation_dataset is not None, "weight" in train_dataset.column_names
         args.check(has_validation=has_validation, has_weight=has_weight, selector=selector)
-        self.resolved = args.resolve(selector)
+        self.resolved = args.resolve(selector, has_validation=has_validation)
         if not args.uses_validation(selector):
             datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)
         self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
-
-        self._train_rows = attach_example_ids(_without_ids(train_dataset))
+        refuse_unreachable(model, args)
+        self.prompts = Prompts(prompt_template, args, datasets, model, kwargs.get("processing_class"))
+        self.prompts.announce(self.resolved)
+        if self.prompts.assistant_only_loss and not args.assistant_only_loss:
+            args = copy(args)  # of these rows alone
+            args.assistant_only_loss = True
+        datasets = {role: attach_example_ids(_without_ids(dataset)) for role, dataset in self.prompts.datasets.items()}
+        self._train_rows = datasets["train_dataset"]
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
+        kwargs["processing_class"] = self.prompts.processing_class
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: datasets[f"eval_dataset[{name!r}]"] for name in eval_dataset}
+        else:
+            eval_dataset = datasets.get("eval_dataset")
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
         refuse_parallelism(self.accelerator.parallelism_config)
-        report_dropped("train_dataset", self._train_rows, self.train_dataset, args.max_length)
-        for role, prepared in held_out_datasets(self.eval_dataset).items():
-            report_dropped(role, datasets[role], prepared, args.max_length)
         self._validation_rows = datasets.get("validation_dataset")
         self.validation_dataset = None
         if self._validation_rows is not None:
-            self.validation_dataset = self._prepare_validation_dataset(self._validation_rows)
+            self.validation_dataset = self._prepare_dataset(
+                self._validation_rows, self.processing_class, args, False, self._formatting_func, "validation"
+            )
+        prepared = {"train_dataset": self.train_dataset, "validation_dataset": self.validation_dataset}
+        for role, dataset in (prepared | held_out_datasets(self.eval_dataset)).items():
+            if dataset is not None:
+                report_dropped(role, datasets[role], dataset, args.max_length)
+                report_truncated(role, datasets[role], dataset, args.max_length)
         rows = PreparedRows(self.train_dataset)
         validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
         self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
-        # What `config.yaml` gets: the command line adds the model and the files, see `tamis.run`.
+        # What the run directory gets: the command line adds the model, the files and their bad rows, see `tamis.run`.
         self.config_settings = args.given_settings
-        self.recorder = Recorder(str(args.output_dir)) if self.accelerator.is_main_process else None
+        self.skipped_rows: list[dict[str, Any]] = []
+        self.recorder = Recorder(self._output_dir) if self.accelerator.is_main_process else None
         self.weighting = RowWeighting(
             args,
             self.resolved,
@@ -133,23 +186,30 @@ class BilevelTrainer(RowEvaluation):
             batches=self.batches,
             recorder=self.recorder,
         )
-        self.weighting.plan(self._num_steps())
+        self.weighting.plan(self.num_steps())
         name, num_ranks = args.selector if selector is None else type(selector).__name__, args.world_size
         self._identity = checkpoints.identify(args, self.resolved, self._fingerprints, name, num_ranks)
 
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
+    @property
+    def _output_dir(self) -> str:
+        return str(self.args.output_dir)
+
     # --- data -------------------------------------------------------------------------------------------------------
 
-    def _prepare_validation_dataset(self, dataset: Dataset) -> Dataset:
-        dataset = attach_example_ids(_without_ids(dataset))
-        prepared = self._prepare_dataset(
-            dataset, self.processing_class, self.args, False, self._formatting_func, "validation"
-        )
-        report_dropped("validation_dataset", dataset, prepared, self.args.max_length)
-        return prepared
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """See [`~trl.SFTTrainer`]; `num_tokens` says how long each row was before it was cut to ``max_length``."""
+        dataset = self.prompts.rows(dataset, dataset_name)
+        uncut = copy(args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        whole = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
+        whole = with_num_tokens(whole)
+        return super()._prepare_dataset(whole, processing_class, args, packing, None, dataset_name)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The stream of ids of the rows of each micro-batch; `get_batch_samples` turns them into tensors."""
@@ -171,7 +231,7 @@ class BilevelTrainer(RowEvaluation):
             batches = self.weighting.before_step(step, batches)
         except checkpoints.ResumableError as error:
             self._save_checkpoint(self.model, trial=None)
-            hint = f"Stopped after saving checkpoint-{step}: go on with --resume_from_checkpoint last"
+            hint = f"Stopped after saving checkpoint-{step}: go on with `resume_from_checkpoint='last'`"
             raise type(error)(f"{error}. {hint}") from error
         return self.batches.collate(batches), None
 
@@ -228,6 +288,17 @@ class BilevelTrainer(RowEvaluation):
                 self._metrics["train"][name].append(value)
         return loss
 
+    @property
+    def row_weights(self) -> dict[str, list[Any] | np.ndarray[Any, Any]]:
+        """What is known of every training row, in order, for `pandas.DataFrame` and the like.
+
+        Columns: ``row`` and ``source`` (its place and file, or its place in the data set and None), ``weight`` (mean
+        one) and ``p_right`` (NaN where it is not known). `weights.parquet` has more.
+        """
+        columns = self.weighting.columns()
+        names = {name: self._row_table[name].to_pylist() for name in ("row", "source")}
+        return names | {name: columns[name] for name in ("weight", "p_right")}
+
     # --- what a run leaves behind -----------------------------------------------------------------------------------
 
     def train(
@@ -239,25 +310,51 @@ class BilevelTrainer(RowEvaluation):
         """Train, and leave `config.yaml`, `metrics.jsonl` and `weights.parquet` in the run directory.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one of `output_dir`.
+            resume_from_checkpoint: a checkpoint folder, or True or "last" for the newest complete one of `output_dir`.
+                From the last one of a finished run nothing is trained: the model is loaded.
+
+        Raises:
+            ValueError: see `checkpoint_to_resume`; or `output_dir` is in use, or holds a run that would be overwritten.
         """
-        resume = resume_from_checkpoint or None
-        if resume is True:
-            resume = last_complete_checkpoint(str(self.args.output_dir))
-        if resume:
-            checkpoints.refuse_foreign(resume, self._identity)
+        with claimed(self._output_dir) if self.recorder else nullcontext():
+            return self._train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
+
+    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint that `train` would go on from.
+
+        Raises:
+            ValueError: there is none, or it belongs to a run that means something else.
+        """
+        if not resume_from_checkpoint:
+            return None
+        is_last = resume_from_checkpoint in (True, "last")
+        checkpoint = last_complete_checkpoint(self._output_dir) if is_last else str(resume_from_checkpoint)
+        checkpoints.refuse_foreign(checkpoint, self._identity)
+        return checkpoint
+
+    def _train(self, resume: str | None, *others: Any) -> TrainOutput:
         announcements = [*self.resolved.announcements, *self.weighting.announcements]
         for line in announcements:
             logger.info(line)
         if self.recorder:
+            if not resume or Path(resume).resolve().parent != Path(self._output_dir).resolve():
+                (remove_earlier_run if self.args.overwrite_output_dir else refuse_earlier_run)(self._output_dir)
+            announce_users_files(self._output_dir)
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, announcements))
+            self.recorder.write_skipped(self.skipped_rows)
             self.recorder.rewind(checkpoint_step(resume) if resume else 0)
-        output = super().train(resume, trial, ignore_keys_for_eval)
+        output = super().train(resume, *others)
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best and not self.args.save_only_model:
             self.weighting.load_state_dict(checkpoints.load_state(best)[0])  # the model is that of this checkpoint
         self._write_weights()
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -292,8 +389,15 @@ class BilevelTrainer(RowEvaluation):
             self.weighting.load_state_dict(state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.weighting.left_out_of_saving():
+        with self.weighting.left_out_of_saving(), users_card_kept(output_dir or self._output_dir):
             super()._save(output_dir, state_dict)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """See [`~trl.SFTTrainer`]; the card says how this model is asked, and a `README.md` of the user stays."""
+        if self.recorder:
+            with users_card_kept(self._output_dir):
+                super().create_model_card(*args, **kwargs)
+                describe(self, Path(self._output_dir) / "README.md")
 
     def _write_weights(self) -> None:
         if self.recorder:

@@ -3,6 +3,7 @@
 Every other option works as it does there. `tests/test_trl_options.py` holds the verdict on each.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from accelerate.utils import ParallelismConfig, parse_flag_from_env
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
-_PACKING = "packing joins rows, and a joined row has no weight of its own: set --packing false"
+_PACKING = "packing joins rows, and a joined row has no weight of its own: set `packing=False`"
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")  # and all whose name ends in "layerwise"
 _OF_LOADERS = ("dispatch_batches", "even_batches", "use_seedable_sampler")
 
@@ -24,7 +25,7 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
     ),
     "loss_type": (
         lambda args: args.loss_type not in ("nll", "chunked_nll"),
-        "loss_type '{value}' has no per-row log-likelihood: use --loss_type nll",
+        "loss_type '{value}' has no per-row log-likelihood: use `loss_type='nll'`",
     ),
     "label_smoothing_factor": (
         lambda args: args.label_smoothing_factor,
@@ -41,12 +42,12 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
     ),
     "auto_find_batch_size": (
         lambda args: args.auto_find_batch_size,
-        "auto_find_batch_size starts a run over whose scores have moved: find a --per_device_train_batch_size that "
+        "auto_find_batch_size starts a run over whose scores have moved: find a `per_device_train_batch_size` that "
         "fits and leave it off",
     ),
     "enable_jit_checkpoint": (
         lambda args: args.enable_jit_checkpoint,
-        "enable_jit_checkpoint may save between the step of the scores and that of the model: set --save_steps instead",
+        "enable_jit_checkpoint may save between the step of the scores and that of the model: set `save_steps` instead",
     ),
     "optim": (
         lambda args: _plain(args.optim).endswith("layerwise") or _plain(args.optim) in _STEPS_IN_BACKWARD,
@@ -62,6 +63,15 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
         "activation_offloading needs an accelerator, and this run is on the CPU: leave it off",
     ),
 }
+
+# Settings of TRL and transformers that are numbers: the least value that means something.
+AT_LEAST: dict[str, float] = {
+    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "adam_epsilon": 0, "seed": 0,
+    "adam_beta1": 0, "adam_beta2": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "max_length": 1, "dataset_num_proc": 1, "lora_r": 1, "lora_alpha": 1,
+    "lora_dropout": 0, "neftune_noise_alpha": 0, "save_steps": 0, "eval_steps": 0,
+}  # fmt: skip
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
 
 # By reason: settings that change nothing.
 NO_EFFECT: dict[str, list[str]] = {
@@ -82,8 +92,6 @@ NO_EFFECT: dict[str, list[str]] = {
 REFUSED_ARGUMENTS: dict[str, str] = {
     "compute_loss_func": "compute_loss_func replaces the loss of a batch, and the loss of every row is needed: leave "
     "it out",
-    "formatting_func": 'formatting_func: apply it first, dataset.map(lambda row: {"text": formatting_func(row)}), and '
-    "keep the column text alone",
 }
 
 
@@ -93,10 +101,29 @@ def refuse_options(args: SFTConfig) -> None:
     Raises:
         ValueError: with the setting and the remedy.
     """
+    refuse_out_of_range(args)
     for name, (is_refused, sentence) in REFUSED.items():
         if is_refused(args):
             raise ValueError(sentence.format(value=_plain(getattr(args, name))))
     refuse_parallelism(args.parallelism_config)
+
+
+def refuse_out_of_range(args: Any) -> None:
+    """Refuse numbers that cannot be meant, in settings of a trainer or of a model.
+
+    Raises:
+        ValueError: with the setting and the least value.
+    """
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if name in _BELOW_ONE and value >= 1:
+            raise ValueError(f"{name} must be below 1, got {value}")
+    if getattr(args, "max_steps", -1) <= 0 and not getattr(args, "num_train_epochs", 1) > 0:
+        raise ValueError(f"num_train_epochs must be positive, got {args.num_train_epochs}; or set `max_steps`")
 
 
 def refuse_parallelism(parallelism: ParallelismConfig | None) -> None:

@@ -262,15 +262,15 @@ class RowWeighting:
             records = refiner.refresh(step)
         except GenerationError as error:
             if self.args.refine_on_error == "stop":
-                raise GenerationError(f"{error}; --refine_on_error continue goes on without new responses") from error
+                raise GenerationError(f"{error}; `refine_on_error='continue'` goes on without new responses") from error
             logger.warning(f"step {step}: no new responses, training goes on with those there are ({error})")
             refiner.last_refresh = step
             return
         logger.info(refiner.summary(step))
         if len(refiner.buffer.rows) < len(records) / 2:
             logger.warning(
-                "most rows got no usable response: raise --max_new_tokens, or see to it that the model ends its "
-                "responses (--eos_token)"
+                "most rows got no usable response: raise `max_new_tokens`, or see to it that the model ends its "
+                "responses (`eos_token`)"
             )
         self._refresh_metrics = refiner.history
         if self.recorder:

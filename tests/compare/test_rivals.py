@@ -38,7 +38,7 @@ def test_a_rival_is_scored_once_and_trained_on_what_it_keeps(tmp_path, model_dir
     assert all(row["seconds"] > scores.seconds > 0 for row in rows)
     kept = keep_top(task, scores.score_N, 0.5, tmp_path / "expected.jsonl").read_text()
     data, args = calls[0]
-    assert Path(data.train_dataset).read_text() == kept and args.rho == 0.0 and data.validation_dataset is None
+    assert Path(data.train_dataset[0]).read_text() == kept and args.rho == 0.0 and data.validation_dataset is None
     assert calls[1][0].train_dataset == data.train_dataset and calls[1][0].validation_dataset is not None
 
     monkeypatch.setattr(rivals, "RIVALS", {})  # nothing is scored again, nothing is trained again

@@ -243,7 +243,7 @@ def test_less_is_a_mean_over_checkpoints_of_cosines_with_validation_gradients(un
 
 
 def test_less_refuses_an_optimizer_without_moments(untrained):
-    with pytest.raises(ValueError, match="set --optim adamw_torch"):
+    with pytest.raises(ValueError, match="set `optim='adamw_torch'`"):
         scores_gradient.less(untrained(optim="sgd"))
 
 

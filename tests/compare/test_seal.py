@@ -49,7 +49,7 @@ def test_the_upper_level_is_all_in_the_first_epoch_and_less_in_each_other(task, 
 
     monkeypatch.setattr(seal.SealTrainer, "compute_loss", compute_loss)
     args = BilevelConfig(str(tmp_path / "run"), **COMMON, **seal.ONE_STAGE)
-    data = DataArguments(str(task.train_file), str(task.validation_file))
+    data = DataArguments([str(task.train_file)], str(task.validation_file))
     train(data, args, ModelConfig(str(task.model_dir)), seal.SealTrainer)
     assert shares == pytest.approx([1.0] * 3 + [0.97] * 3 + [0.94], abs=1e-12)
 
@@ -73,7 +73,7 @@ def test_seal_retrains_from_the_base_model_on_the_kept_rows(task, tmp_path, call
     assert [row["selection_auroc"] is not None for row in rows] == [True] + [False] * 4
     assert all(row["seconds"] > rows[0]["seconds"] for row in rows[1:]), "those of both stages"
     kept = [f"top_{share}.jsonl" for share in (80, 80, 50, 50)]
-    assert [data.train_dataset.rsplit("/")[-1] for data, *_ in calls] == ["train.jsonl", *kept]
+    assert [data.train_dataset[0].rsplit("/")[-1] for data, *_ in calls] == ["train.jsonl", *kept]
     assert [data.validation_dataset is not None for data, *_ in calls] == [True, False, True, False, True]
     default = BilevelConfig("x").rho
     assert [(args.selector, args.rho) for _, args, *_ in calls[1:]] == [("none", 0.0), ("none", default)] * 2

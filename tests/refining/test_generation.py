@@ -523,7 +523,7 @@ def refining_config(tmp_path, **settings) -> BilevelConfig:
 def test_without_vllm_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "is_vllm_available", lambda: False)
     args = refining_config(tmp_path, generator="vllm")
-    with pytest.raises(ValueError, match=r"pip install tamis\[vllm\]"):
+    with pytest.raises(ValueError, match=r'pip install "trl\[vllm\]"'):
         make_generator(opinionated_model(), CPU, TOKENIZER, args, batch_size=4)
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert "vllm" in project["optional-dependencies"], "the remedy must exist"

@@ -204,8 +204,8 @@ def test_a_failure_stops_with_a_checkpoint_and_a_remedy(bilevel, script, tmp_pat
     script(fails_at=2, error=FAILURES[name])
     trainer = bilevel(TRAIN, TRUSTED, max_steps=4, selector="mirror", **REFINING)
     remedies = (
-        r"; --refine_on_error continue goes on without new responses\. "
-        r"Stopped after saving checkpoint-2: go on with --resume_from_checkpoint last$"
+        r"; `refine_on_error='continue'` goes on without new responses\. "
+        r"Stopped after saving checkpoint-2: go on with `resume_from_checkpoint='last'`$"
     )
     with pytest.raises(GenerationError, match=remedies):
         trainer.train()

@@ -142,7 +142,7 @@ def test_tracked_takes_its_own_learning_rate(bilevel):
 
 
 def test_tracked_refuses_modules_that_two_adapters_would_share(bilevel):
-    with pytest.raises(ValueError, match=r"modules_to_save .* choose --reference base"):
+    with pytest.raises(ValueError, match=r"modules_to_save .* choose `reference='base'`"):
         bilevel(
             pairs(4),
             pairs(4, 95),

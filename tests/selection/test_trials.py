@@ -215,7 +215,7 @@ def test_a_rate_that_diverges_is_left_out(bilevel):
 def test_if_all_rates_diverge_there_is_a_remedy(bilevel):
     trainer = bilevel(TRAIN, TRUSTED)
     before = parameters(trainer.model)
-    with pytest.raises(ValueError, match=r"at learning rates 1e\+30, 1e\+31 .* lower --scout_learning_rate"):
+    with pytest.raises(ValueError, match=r"at learning rates 1e\+30, 1e\+31 .* lower `scout_learning_rate`"):
         send(trainer, learning_rates=(1e30, 1e31))
     assert_close(parameters(trainer.model), before, atol=0)
 

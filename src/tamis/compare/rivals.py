@@ -113,7 +113,7 @@ class Scorer:
         """One that never trains on the rows: it has the base model and the prepared rows."""
         settings = self.common | {"selector": "none", "eval_strategy": "no"}
         args = BilevelConfig(output_dir=str(run_dir(self.output_dir, "scoring")), **settings)
-        data = DataArguments(str(self.task.train_file), str(self.task.validation_file))
+        data = DataArguments([str(self.task.train_file)], str(self.task.validation_file))
         return make_trainer(data, args, ModelConfig(model_name_or_path=str(self.task.model_dir)))
 
     def folder(self, name: str) -> Path:

@@ -68,7 +68,7 @@ def run_method(method: Method, task: Task, output_dir: Path, common: dict[str, A
         if result["identity"] == identity:
             return dict(result["row"])
     shutil.rmtree(folder, ignore_errors=True)
-    data = DataArguments(train_dataset=str(method.train_file), eval_dataset=str(task.eval_file))
+    data = DataArguments(train_dataset=[str(method.train_file)], eval_dataset=str(task.eval_file))
     if method.settings.get("rho") != 0.0:
         data.validation_dataset = str(task.validation_file)
     if args.selector == "column":

@@ -14,10 +14,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
-from tqdm.auto import tqdm
 
 from tamis.compare.adapted import warmed_up
 from tamis.losses import evaluation_mode, fused_losses
+from tamis.progress import track
 from tamis.trainer import BilevelTrainer
 
 
@@ -72,7 +72,7 @@ class AdamStep:
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]):
         states = [optimizer.state.get(p, {}) for p in parameters]
         if not any("exp_avg" in state for state in states):
-            raise ValueError("LESS follows the steps of Adam, and this optimizer has none: set --optim adamw_torch")
+            raise ValueError("LESS follows the steps of Adam, and this optimizer has none: set `optim='adamw_torch'`")
         self.first_P, self.second_P = (
             _flat([state.get(name, torch.zeros_like(p)) for p, state in zip(parameters, states, strict=True)])
             for name in ("exp_avg", "exp_avg_sq")
@@ -94,7 +94,7 @@ def row_gradients(trainer: BilevelTrainer, dataset: Dataset) -> Iterator[Tensor]
     parameters = trainable(trainer)
     rows = dataset.select_columns(["input_ids", "labels"])
     with evaluation_mode(trainer.model):
-        for row in tqdm(rows, "gradients of rows", disable=trainer.args.disable_tqdm, leave=False):
+        for row in track(rows, "gradients of rows", len(rows), is_shown=not trainer.args.disable_tqdm):
             batch = trainer.batches.collate_rows([row])
             inputs = {name: tensor.to(trainer.accelerator.device) for name, tensor in batch.items()}
             with trainer.accelerator.autocast():

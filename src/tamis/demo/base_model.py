@@ -1,5 +1,6 @@
 """A tiny base model for a demo or a benchmark: its tokenizer, its shape, and a moment of pretraining."""
 
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 from tamis.progress import ProgressCallback, use_progress
+
+logger = logging.getLogger(__name__)
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -73,6 +76,7 @@ def pretrain(
     seed: int,
 ) -> None:
     """Plain SFT of ``model`` on prompt and completion pairs, saved with its tokenizer to ``model_dir`` when done."""
+    logger.info(f"pretraining the base model: {num_steps} steps")
     temporary = model_dir.with_name(model_dir.name + ".unfinished")
     args = SFTConfig(
         str(temporary),

@@ -18,6 +18,7 @@ from tamis.compare.task import Task
 from tamis.demo.language import make_language_world
 from tamis.demo.world import SCENARIOS, make_world
 from tamis.files import write_atomically
+from tamis.terminal import LOG_LEVELS
 
 MIXING_RHOS = (0.1, 0.3, 0.5, 0.8)
 # What every run on the demo's world shares.
@@ -46,12 +47,14 @@ class DemoArguments:
         output_dir: where everything goes.
         seed: of the world and of all runs.
         max_steps: training steps of every method.
+        log_level: ``debug`` shows what each run says, and the libraries below.
         scenario: ``language``, see `tamis.demo.language`; or one of `tamis.demo.world.make_world`.
     """
 
     output_dir: str = field(default="demo", metadata={"help": "Folder for world, runs, table and picture."})
     seed: int = field(default=0, metadata={"help": "Seed of the world and of all runs."})
     max_steps: int = field(default=600, metadata={"help": "Training steps of every method."})
+    log_level: str = field(default="passive", metadata={"help": "debug shows everything.", "choices": LOG_LEVELS})
     scenario: str = field(default=LANGUAGE, metadata={"help": "The world.", "choices": (LANGUAGE, *SCENARIOS)})
 
 

@@ -3,7 +3,7 @@
 | name           | how                                                          | needs                      |
 |----------------|--------------------------------------------------------------|----------------------------|
 | `transformers` | the training model itself, batched, with a KV cache          | nothing                    |
-| `vllm`         | TRL's `VLLMGeneration`, in this process or on a server       | `pip install tamis[vllm]`  |
+| `vllm`         | TRL's `VLLMGeneration`, in this process or on a server       | `pip install "trl[vllm]"`  |
 
 All of them take and return token ids: what is trained on is what was generated, never decoded and encoded again.
 `verify` compares the log-probabilities that a generator reports with those of the training model, so that a generator
@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -33,6 +32,7 @@ from transformers import (
 from tamis._compat import LoraLayer, is_vllm_available, vllm_generation
 from tamis.checkpoint import ResumableError
 from tamis.losses import evaluation_mode
+from tamis.progress import Bar
 from tamis.randomness import seeded
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class TransformersGenerator:
         rows = [i for i in range(len(prompts)) for _ in range(num_generations)]
         rows.sort(key=lambda i: -len(prompts[i]))  # stable: the longest first, where a lack of memory shows at once
         completions: list[list[Completion]] = [[] for _ in prompts]
-        bar = tqdm(total=len(rows), desc="generating", unit="completion", disable=not self.show_progress)
+        bar = Bar("generating responses", len(rows), is_shown=self.show_progress)
         with (
             evaluation_mode(self.model),
             without_published_defaults(self.model),
@@ -191,7 +191,7 @@ class TransformersGenerator:
                 batch = rows[first : first + self.batch_size]
                 for i, completion in zip(batch, self._draw([prompts[i] for i in batch]), strict=True):
                     completions[i].append(completion)
-                bar.update(len(batch))
+                bar.advance(len(batch))
         return completions
 
     def _draw(self, prompts: list[list[int]]) -> list[Completion]:
@@ -272,7 +272,7 @@ def base_weights_kept(model: nn.Module) -> Iterator[None]:
 def check_installed(generator: str) -> None:
     """Raise a ValueError if what the generator of that name needs is not installed."""
     if generator == "vllm" and not is_vllm_available():
-        raise ValueError("generator 'vllm' needs vLLM: pip install tamis[vllm], or leave --generator out")
+        raise ValueError("generator 'vllm' needs vLLM: pip install \"trl[vllm]\", or leave `generator` out")
 
 
 def make_generator(
@@ -301,12 +301,12 @@ def make_generator(
     if args.vllm_mode == "server" and accelerator.num_processes > 1:
         raise ValueError(
             "a vLLM server deals completions out in equal shares, which those of the ranks are not: train on one rank, "
-            "or use --vllm_mode colocate"
+            "or use `vllm_mode='colocate'`"
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "generator 'vllm' would merge the adapter into quantized weights, which cannot be undone exactly "
-            "(huggingface/trl#6688): leave --generator out, or train without quantization"
+            "(huggingface/trl#6688): leave `generator` out, or train without quantization"
         )
     vllm = vllm_generation(
         model,

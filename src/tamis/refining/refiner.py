@@ -113,7 +113,7 @@ class Refiner:
         if not self.candidates:
             raise ValueError(
                 "no training row is a prompt with one response, so none can be refined: use prompt and completion "
-                "columns, or messages with --assistant_only_loss, or set --refine_fraction 0"
+                "columns, or messages with `assistant_only_loss=True`, or set `refine_fraction=0`"
             )
         if len(self.candidates) < len(rows):
             logger.warning(
@@ -132,7 +132,7 @@ class Refiner:
         if self._start >= max_steps:
             raise ValueError(
                 f"refine_start is step {self._start} and the run has {max_steps} steps: nothing would be refined. "
-                "Lower --refine_start, or set --refine_fraction 0"
+                "Lower `refine_start`, or set `refine_fraction=0`"
             )
 
     def is_due(self, step: int) -> bool:

@@ -139,7 +139,7 @@ class TrackedReference(ZeroReference):
         if model.peft_config[trained].modules_to_save:
             raise ValueError(
                 "reference 'tracked' cannot share a base model whose modules_to_save are trained: "
-                "remove them from the PEFT config, or choose --reference base"
+                "remove them from the PEFT config, or choose `reference='base'`"
             )
         model.add_adapter(_TRACKED_ADAPTER, model.peft_config[trained])
         parameters = dict(model.named_parameters())

@@ -296,7 +296,7 @@ class StaticWeights(RowWeights):
         self.weight_N[example_ids] = 0
         self._is_active_N[example_ids] = False
         if not self.weight_N.sum() > 0:
-            raise ValueError("the column 'weight' is 0 on every training row whose prompt fits: raise --max_length")
+            raise ValueError("the column 'weight' is 0 on every training row whose prompt fits: raise `max_length`")
         self.weight_N *= self._is_active_N.sum() / self.weight_N.sum()  # tensors: the ratio of equals is exactly one
 
     def scores(self, example_ids_B: Tensor) -> Tensor:

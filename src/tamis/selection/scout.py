@@ -26,11 +26,11 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tamis.config import MAX_SCOUT_EPOCHS, SCOUT_VISITS
 from tamis.files import write_atomically
 from tamis.losses import Parameters, exchanged, fused_losses, row_losses, trainable_parameters
+from tamis.progress import track
 from tamis.randomness import EndlessPermutations
 from tamis.selection.calibration import Calibration
 from tamis.stream import Batches, MicroBatch
@@ -120,7 +120,7 @@ def descend(
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
     order = EndlessPermutations(len(example_ids_V), settings.seed)
     show_progress = bool(title) and accelerator.is_main_process
-    for step in tqdm(range(num_steps[-1]), title, disable=not show_progress, leave=False):
+    for step in track(range(num_steps[-1]), title, num_steps[-1], is_shown=show_progress):
         model.train()
         for is_last, batch in _micro_batches(batches, example_ids_V, order, settings, step):
             share_B = batch.pop("rows").share_B

@@ -187,7 +187,7 @@ def run_trials(
     if not trials:
         raise ValueError(
             f"scouting at learning rates {', '.join(f'{rate:g}' for rate in settings.learning_rates)} ends in losses "
-            "that are not finite: lower --scout_learning_rate, or check the model on your rows"
+            "that are not finite: lower `scout_learning_rate`, or check the model on your rows"
         )
     return trials
 

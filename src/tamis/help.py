@@ -1,0 +1,58 @@
+"""The short help of `tamis train`: examples, then the options that matter, in order of need.
+
+It imports nothing but argparse, so that it is there at once. `--help_all` has every option, from the parser itself.
+"""
+
+import argparse
+
+EXAMPLES = """examples:
+  tamis train --model_name_or_path Qwen/Qwen3-0.6B --train_dataset train.jsonl \\
+    --validation_dataset validation.jsonl --output_dir run
+  tamis train --config run/config.yaml --output_dir again     the same run once more
+  tamis train --config run/config.yaml --output_dir run --resume_from_checkpoint last
+"""
+# By option: what its value is called, and what it does. A test holds the defaults, in brackets, against the settings.
+OPTIONS: dict[str, tuple[str, str]] = {
+    "model_name_or_path": ("MODEL", "folder or hub name"),
+    "train_dataset": ("FILE", "doubtful rows: JSON, CSV, Parquet, folder, hub"),
+    "validation_dataset": ("FILE", "trusted rows, 50 or more, that guide it"),
+    "eval_dataset": ("FILE", "held-out rows, to measure the result"),
+    "output_dir": ("DIR", "where all files go [trainer_output]"),
+    "prompt_column": ("NAME", "column of the prompts, if unrecognised"),
+    "response_column": ("NAME", "column of the responses, if unrecognised"),
+    "learning_rate": ("LR", "about 2e-4 with LoRA [2e-05]"),
+    "num_train_epochs": ("N", "passes over the training rows [3.0]"),
+    "max_steps": ("N", "stop after so many steps [-1: by epochs]"),
+    "per_device_train_batch_size": ("N", "rows a device holds at a time [8]"),
+    "gradient_accumulation_steps": ("N", "batches in one step [1]"),
+    "max_length": ("N", "tokens of a row; more are cut [1024]"),
+    "use_peft": ("", "train a LoRA adapter, not the whole model"),
+    "lora_r": ("R", "rank of the adapter [16]"),
+    "selector": ("NAME", "how rows get weights [scout]"),
+    "refine_fraction": ("auto", "new responses for prompts of wrong rows [0]"),
+    "resume_from_checkpoint": ("last", "go on with a run that was interrupted"),
+    "seed": ("N", "of all randomness [42]"),
+    "log_level": ("LEVEL", "debug shows everything [passive: the essential]"),
+}
+
+
+def short_help() -> str:
+    """The text of `tamis train --help`."""
+    parser = argparse.ArgumentParser(
+        prog="tamis train",
+        usage="tamis train --model_name_or_path MODEL --train_dataset FILE [options]",
+        description=f"Fine-tune a model on doubtful rows under the guidance of trusted ones.\n\n{EXAMPLES}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36),
+        add_help=False,
+    )
+    options = parser.add_argument_group("options, in order of need")
+    for name, (metavar, text) in OPTIONS.items():
+        if metavar:
+            options.add_argument(f"--{name}", metavar=metavar, help=text)
+        else:
+            options.add_argument(f"--{name}", action="store_true", help=text)
+    other = parser.add_argument_group("more")
+    other.add_argument("--config", metavar="FILE", help="read options from a YAML file; flags win")
+    other.add_argument("--help_all", action="store_true", help="all options, those of TRL and transformers too")
+    other.add_argument("--version", action="store_true", help="version of tamis")
+    return parser.format_help()

@@ -1,0 +1,220 @@
+"""How to ask the model that a run has trained: one row as the model sees it, the model card, an example that runs.
+
+The card's snippet and ``inference_example.py`` use transformers alone, and peft where an adapter was trained. Both
+write the prompt as training did.
+"""
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.text import Text
+
+from tamis.files import write_atomically
+from tamis.inputs import held_out_datasets
+from tamis.losses import evaluation_mode
+from tamis.refining.generation import closing_tokens
+from tamis.rows import row_name
+from tamis.trl_options import is_sharded
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE = "inference_example.py"
+MAX_NEW_TOKENS = 128
+_QUESTION = "What is the capital of France?"  # a card is published, and rows may be private
+_MAX_SHOWN = 300  # characters of each part of a row
+_SNIPPET = """\
+import torch
+{imports}
+{path}
+{asked}
+
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = {auto_class}.from_pretrained(MODEL, dtype={dtype}).to(device)
+{inputs}
+output = model.generate(**inputs.to(device), max_new_tokens={max_new_tokens}, do_sample=False{stop})
+answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(answer)
+"""
+_AS_TEXT = 'inputs = tokenizer(PROMPT, return_tensors="pt")'
+_AS_CHAT = (
+    "inputs = tokenizer.apply_chat_template(\n"
+    '    MESSAGES, {tools}add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)'
+)
+
+
+# --- one row as the model sees it -------------------------------------------------------------------------------------
+
+
+def show_row(trainer: Any) -> None:
+    """Print the first training row to stderr, with the tokens that are trained on between ⟦ and ⟧, and in colour."""
+    row = trainer.train_dataset[0]
+    where = row_name(trainer.train_dataset, "train_dataset", 0)
+    num_trained = sum(label != -100 for label in row["labels"])
+    total = f"{len(row['input_ids'])} tokens, {num_trained} trained on, between ⟦ and ⟧"
+    line = Text(f"first row ({where}; {total}):\n")
+    for is_trained, text in _parts(row, trainer.processing_class):
+        line.append(f"⟦{text}⟧" if is_trained else text, style="bold green" if is_trained else "dim")
+    Console(file=sys.stderr, soft_wrap=True, highlight=False).print(line)
+
+
+def _parts(row: dict[str, Any], processing_class: Any) -> list[tuple[bool, str]]:
+    """Runs of tokens that are trained on or not, as text in which line ends and other controls are escaped."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        if not runs or runs[-1][0] != (label != -100):
+            runs.append((label != -100, []))
+        runs[-1][1].append(token)
+    return [(is_trained, _escaped(processing_class.decode(tokens))) for is_trained, tokens in runs]
+
+
+def _escaped(text: str) -> str:
+    if len(text) > _MAX_SHOWN:
+        half = _MAX_SHOWN // 2
+        text = f"{text[:half]} ... {len(text) - 2 * half} more characters ... {text[-half:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# --- what asks the model ----------------------------------------------------------------------------------------------
+
+
+def snippet(trainer: Any, model: str, row: dict[str, Any]) -> str:
+    """Python that asks the trained model with the prompt of a row.
+
+    Args:
+        model: an expression of the saved model's folder or name.
+        row: a prepared or unprepared row of the trainer, in one of TRL's formats.
+    """
+    auto_class = "AutoPeftModelForCausalLM" if _is_adapter(trainer) else "AutoModelForCausalLM"
+    classes = ["AutoTokenizer"] if _is_adapter(trainer) else ["AutoModelForCausalLM", "AutoTokenizer"]
+    imports = [f"from transformers import {', '.join(classes)}"]
+    if _is_adapter(trainer):
+        imports.insert(0, f"from peft import {auto_class}")
+    prompt, tools = prompt_of(row)
+    if isinstance(prompt, str):
+        asked, inputs = f"PROMPT = {prompt!r}", _AS_TEXT
+    else:
+        asked, inputs = f"MESSAGES = {prompt!r}", _AS_CHAT.format(tools="tools=TOOLS, " if tools else "")
+        if tools:
+            asked += f"\nTOOLS = {tools!r}"
+    stop = stop_tokens(trainer)
+    return _SNIPPET.format(
+        imports="\n".join(imports),
+        path=f"\nMODEL = {model}",
+        asked=asked,
+        auto_class=auto_class,
+        dtype=trainer.accelerator.unwrap_model(trainer.model).dtype,
+        inputs=inputs,
+        max_new_tokens=max_new_tokens(trainer),
+        stop=f", eos_token_id={stop}" if stop else "",
+    )
+
+
+def prompt_of(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]], Any]:
+    """What a row asks, as text or as messages, and with which tools."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if "prompt" in row:
+        prompt = row["prompt"]
+    elif "messages" in row:
+        last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        prompt = row["messages"][:last]
+    else:
+        prompt = " ".join(row["text"].split(" ")[:8])
+    if isinstance(prompt, list):
+        prompt = [{name: value for name, value in message.items() if value is not None} for message in prompt]
+    return prompt, tools
+
+
+def stop_tokens(trainer: Any) -> list[int]:
+    """What ends an answer, where the saved model does not say so itself: the special token that training ends with."""
+    tokenizer, known = trainer._tokenizer, closing_tokens(trainer.model, trainer._tokenizer)
+    row = trainer.train_dataset[0]
+    trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    ends = [token for token in trained if token in tokenizer.all_special_ids]
+    return [] if not ends or ends[-1] in known else [*known, ends[-1]]
+
+
+def _asked(trainer: Any) -> tuple[str, Any]:
+    """Prepared rows to ask, and their role: held out if there are any."""
+    candidates = {**held_out_datasets(trainer.eval_dataset), "validation_dataset": trainer.validation_dataset}
+    candidates["train_dataset"] = trainer.train_dataset
+    return next((role, rows) for role, rows in candidates.items() if rows is not None)
+
+
+def max_new_tokens(trainer: Any) -> int:
+    """Enough for an answer, within what the model can read."""
+    num_positions = getattr(trainer.accelerator.unwrap_model(trainer.model).config, "max_position_embeddings", None)
+    return min(MAX_NEW_TOKENS, (num_positions or 2 * MAX_NEW_TOKENS) // 2)
+
+
+def _is_adapter(trainer: Any) -> bool:
+    return isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+
+
+def answer(trainer: Any, row: dict[str, Any]) -> str:
+    """The trained model's greedy answer to the prompt of a row, as the example makes it."""
+    prompt, tools = prompt_of(row)
+    tokenizer, model = trainer._tokenizer, trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(prompt, str):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        template = trainer.prompts.chat_template
+        inputs = tokenizer.apply_chat_template(
+            prompt, tools, chat_template=template, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    stop = {"eos_token_id": found} if (found := stop_tokens(trainer)) else {}
+    with evaluation_mode(model), torch.no_grad():
+        output = model.generate(
+            **inputs.to(model.device), max_new_tokens=max_new_tokens(trainer), do_sample=False, use_cache=True, **stop
+        )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def write_example(trainer: Any) -> None:
+    """Write ``inference_example.py``: it asks the saved model a held-out prompt and compares with the run's answer."""
+    role, rows = _asked(trainer)
+    row, path = rows[0], Path(str(trainer.args.output_dir)) / EXAMPLE
+    text = f'"""Asks the model of this run. The prompt is that of {row_name(rows, role, 0)}."""\n\nimport sys\n'
+    text += "from pathlib import Path\n\n" + snippet(trainer, "Path(__file__).resolve().parent", row)
+    try:
+        found = None if is_sharded(trainer.args) else answer(trainer, row)
+    except RuntimeError as error:  # out of memory: no reason to fail a run whose model is saved
+        logger.warning(f"{EXAMPLE} cannot say what the run answers: {error}")
+        found = None
+    if found is None:
+        text = text.replace("import sys\n", "")
+    else:
+        text += (
+            "\n# What the run itself answered; other hardware may round differently.\n"
+            f"ANSWER = {found!r}\n"
+            'print("as the run" if answer == ANSWER else f"unlike the run: {ANSWER!r}", file=sys.stderr)\n'
+        )
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def describe(trainer: Any, card: Path) -> None:
+    """Put into a model card how to ask this model, and the template of its prompts, instead of TRL's quick start."""
+    is_chat = trainer.prompts.chat_template is not None
+    row = {"prompt": [{"role": "user", "content": _QUESTION}] if is_chat else "Write a prompt as in training here."}
+    model = repr(trainer.hub_model_id or str(trainer.args.output_dir))
+    template, written = trainer.prompts.chat_template, ""
+    if template is None:
+        written = "A prompt is the text as it is: nothing is put before or after it.\n"
+    else:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", template)), default=0))
+        written = f"The chat template of the tokenizer:\n\n{fence}jinja\n{template}\n{fence}\n"
+    text = (
+        f"## Quick start\n\n```python\n{snippet(trainer, model, row)}```\n\n"
+        f"## Prompt template\n\n{written}\n## Training procedure"
+    )
+    before, _, rest = card.read_text(encoding="utf-8").partition("## Quick start")
+    _, _, after = rest.partition("## Training procedure")
+    write_atomically(card, lambda path: path.write_text(before + text + after, encoding="utf-8"))

@@ -1,0 +1,73 @@
+"""Training rows of several sources: files, patterns, folders and hub names, each with a weight of its own."""
+
+from collections.abc import Sequence
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from tamis.data import joined, load_rows
+from tamis.rows import check_weights
+
+
+def load_sources(
+    sources: Sequence[str], *, role: str, source_weights: Sequence[float] | None = None, **options: Any
+) -> Dataset:
+    """Load and check the rows of all sources, in their order.
+
+    Args:
+        sources: each as in `tamis.data.load_rows`, or a pattern of files, such as ``data/*.parquet`` or ``**/*.jsonl``.
+        role: see there.
+        source_weights: one for each source, which all of its rows get in the column `weight`; a weight of the row's own
+            is multiplied by it.
+        options: see there.
+
+    Raises:
+        ValueError: see there; or a pattern matches nothing, a file is named twice, or the weights are not as many.
+    """
+    if source_weights is not None:
+        if len(source_weights) != len(sources):
+            raise ValueError(
+                f"{len(source_weights)} `source_weights` for {len(sources)} sources of {role}: give one for each"
+            )
+        source_weights = check_weights(list(source_weights), "source_weights", lambda k: sources[k])
+    paths = [(path, k) for k, source in enumerate(sources) for path in _matches(source, role)]
+    seen = set[str]()
+    for path, _ in paths:
+        if path in seen:
+            raise ValueError(f"{path}: named twice in {role}. Name it once")
+        seen.add(path)
+    names = [Path(path).name for path, _ in paths]
+    tables = []
+    for (path, k), name in zip(paths, names, strict=True):
+        table = load_rows(path, role=role, **options).data.table
+        if source_weights is not None:
+            table = _weighted(table, source_weights[k])
+        if names.count(name) > 1:  # a name would not tell which file it is
+            table = _replace(table, "source", pa.repeat(path, len(table)))
+        tables.append(table)
+    return joined(tables, role)
+
+
+def _matches(source: str, role: str) -> list[str]:
+    path = Path(source).expanduser()
+    if path.exists() or not has_magic(source):
+        return [source]
+    found = sorted(glob(str(path), recursive=True))
+    if not found:
+        raise ValueError(f"{source}: no file matches. Check `{role}`")
+    return found
+
+
+def _weighted(table: pa.Table, weight: float) -> pa.Table:
+    own = table["weight"].to_numpy() if "weight" in table.column_names else 1.0
+    values = pa.array([weight] * len(table), pa.float64()).to_numpy() * own
+    return _replace(table, "weight", pa.array(values))
+
+
+def _replace(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    if name not in table.column_names:
+        return table.append_column(name, values)
+    return table.set_column(table.column_names.index(name), name, values)

@@ -1,0 +1,57 @@
+"""The end of `tamis train`: what came out, read from the run directory, and what to do next."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+
+def summarize(output_dir: str | Path, *, has_held_out: bool) -> list[tuple[str, str]]:
+    """Lines of a table, as (name, text).
+
+    Args:
+        output_dir: of a run that has ended.
+        has_held_out: whether there were held-out rows.
+    """
+    folder = Path(output_dir)
+    lines = _held_out(folder) if has_held_out else []
+    is_kept = pq.read_table(folder / "weights.parquet", columns=["kept"])["kept"]
+    num_kept = pc.sum(is_kept).as_py() or 0
+    lines.append(("rows kept", f"{num_kept} of {len(is_kept)} ({num_kept / len(is_kept):.0%})"))
+    lines.append(("model", str(folder)))
+    lines.append(("weights", str(folder / "weights.parquet")))
+    if (folder / "refinements.parquet").is_file():
+        lines.append(("responses", str(folder / "refinements.parquet")))
+    return [*lines, ("next", _next_command(folder))]
+
+
+def _held_out(folder: Path) -> list[tuple[str, str]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluated = [record for record in records if record.get("eval_loss") is not None]
+    if not evaluated:
+        return []
+    before = [record for record in evaluated if record["step"] == 0][:1]
+
+    def change(name: str, digits: int) -> str:
+        shown = [f"{record[name]:.{digits}f}" for record in (*before, evaluated[-1])]
+        return f"{shown[0]} before, {shown[1]} after" if before else shown[0]
+
+    return [
+        ("held-out loss", change("eval_loss", 4)),
+        ("held-out match", f"{change('eval_teacher_forced_match', 3)} (rows whose every token is the first choice)"),
+    ]
+
+
+def _next_command(folder: Path) -> str:
+    example = folder / "inference_example.py"
+    if example.is_file():
+        return f"python {example}"
+    return f"tamis train --config {folder / 'config.yaml'} --output_dir {folder}-again"
+
+
+def format_summary(lines: list[tuple[str, Any]]) -> str:
+    """The table as text, its second column aligned."""
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
