@@ -160,7 +160,8 @@ def finish(
         summary[name] = {"mean": float(np.mean(values)), "std": std, "num_seeds": len(values)}
         print(f"{name} {summary[name]['mean']:.3f} +- {std:.3f} ({len(values)} seeds)")
     results = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
+        # not where it ran: that is a folder of somebody's machine
+        "settings": {name: value for name, value in vars(arguments).items() if name != "output_dir"},
         "machine": {"processor": platform.processor() or platform.machine(), "num_cpus": os.cpu_count()},
         "versions": {name: version(name) for name in ("tamis", "torch", "transformers", "trl")},
         "rows": rows,

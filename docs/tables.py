@@ -6,7 +6,7 @@ Where a benchmark has several tables, `NAME.PART` is one of them.
 
 import json
 import re
-import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,6 @@ from typing import Any
 from tamis.compare.table import best_variants
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
-
-from suite_tables import (  # noqa: E402
-    llm_losses_table,
-    llm_samples,
-    llm_scouting_table,
-    rival_cost_table,
-    suite_rivals_table,
-    suite_table,
-)
-
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "samples")))
 BOLD = ("tamis", "tamis, refining")
 ESTIMATES = {
@@ -36,10 +25,17 @@ ESTIMATES = {
 }
 
 
+def _table(columns: str, lines: list[list[str]]) -> str:
+    """A table, of the names of its columns, as Markdown divides them, and the cells of each line."""
+    head = f"| {columns} |\n{'|---' * (columns.count(' | ') + 1)}|\n"
+    return head + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def demo_table(rows: list[dict[str, Any]]) -> str:
     """One line per method of `tamis demo`, of a group of variants the best."""
     num_variants = Counter(row["group"] for row in rows)
-    lines = ["| method | exact match | loss | gap closed | AUROC | seconds |", "|---|---|---|---|---|---|"]
+    columns = "method | exact match | loss | gap closed | AUROC | seconds"
+    lines: list[list[str]] = []
     for row in best_variants(rows):
         found = num_variants[row["group"]]
         name = row["method"] if found == 1 else f"{row['group']} (best of {found})"
@@ -47,16 +43,16 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
         values = [f"{row['test_accuracy']:.3f}", f"{row['test_loss']:.3f}", f"{row['gap_closure']:.2f}", auroc]
         if row["method"] in BOLD:
             name, values = f"**{name}**", [f"**{value}**" if value else "" for value in values]
-        lines.append(f"| {' | '.join([name, *values, str(round(row['seconds']))])} |")
-    return "\n".join(lines)
+        lines.append([name, *values, str(round(row["seconds"]))])
+    return _table(columns, lines)
 
 
 def shares_table(results: dict[str, Any]) -> str:
     """One line per share of wrong rows of `benchmarks/shares.py`, means over the seeds; of rivals the best variant."""
-    lines = [
-        "| wrong | trusted | mixing | SEAL | **tamis** | oracle | gap closed | right rows | AUROC | weight of wrong |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns, lines = (
+        "wrong | trusted | mixing | SEAL | **tamis** | oracle | gap closed | right rows | AUROC | weight of wrong",
+        list[list[str]](),
+    )
     for wrong in sorted({row["wrong"] for row in results["rows"]}):
         rows = [row for row in results["rows"] if row["wrong"] == wrong]
         tamis = [row for row in rows if row["method"] == "tamis"]
@@ -71,13 +67,14 @@ def shares_table(results: dict[str, Any]) -> str:
         weight = f"{_mean([row['weight_on_wrong'] for row in tamis]):.3f} ({by_labels:.3f})"
         cells = [f"{wrong:.0%}", *(f"{value:.3f}" for value in best), closed, share, auroc, weight]
         cells[4] = f"**{cells[4]}**"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _table(columns, lines)
 
 
 def unlike_table(results: dict[str, Any]) -> str:
     """One line per share of wrong rows and method of `benchmarks/unlike.py`, of a group of variants the best."""
-    lines = ["| wrong | method | exact match | loss | gap closed | AUROC |", "|---|---|---|---|---|---|"]
+    columns = "wrong | method | exact match | loss | gap closed | AUROC"
+    lines: list[list[str]] = []
     (seed,) = {row["seed"] for row in results["rows"]}
     for wrong in sorted({row["wrong_share"] for row in results["rows"]}):
         for row in best_variants([row for row in results["rows"] if row["wrong_share"] == wrong]):
@@ -85,33 +82,33 @@ def unlike_table(results: dict[str, Any]) -> str:
             auroc = "" if row["selection_auroc"] is None else f"{row['selection_auroc']:.3f}"
             values = [f"{row['test_accuracy']:.3f}", f"{row['test_loss']:.3f}", f"{row['gap_closure']:.2f}", auroc]
             name = f"**{row['method']}**" if row["method"] in BOLD else row["method"]
-            lines.append(f"| {wrong:.0%} | {' | '.join([name, *values])} |")
-    return "\n".join(lines)
+            lines.append([f"{wrong:.0%}", name, *values])
+    return _table(columns, lines)
 
 
 def hypercleaning_table(results: dict[str, Any]) -> str:
     """One line per method of `benchmarks/hypercleaning.py`: mean and deviation over the seeds."""
     figures = ("accuracy_best", "accuracy_selected", "f1", "auroc")
-    lines = [
-        "| method | best accuracy | accuracy chosen on validation | F1 | AUROC | right rows: estimated (true) |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns, lines = (
+        "method | best accuracy | accuracy chosen on validation | F1 | AUROC | right rows: estimated (true)",
+        list[list[str]](),
+    )
     for method in dict.fromkeys(row["method"] for row in results["rows"]):
         prefix = "" if method == "tamis" else f"{method}_"
         found = [results["aggregates"].get(prefix + figure) for figure in figures]
         cells = ["" if f is None else f"{f['mean']:.4f} ± {f['std']:.4f}" for f in found]
         share = [results["aggregates"].get(f"{prefix}{name}") for name in ("estimated_share_right", "share_right")]
         cells.append(f"{share[0]['mean']:.3f} ({share[1]['mean']:.3f})" if all(share) else "")
-        lines.append(f"| {f'**{method}**' if method in BOLD else f'`{method}`'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"**{method}**" if method in BOLD else f"`{method}`", *cells])
+    return _table(columns, lines)
 
 
 def sigmorphon_table(results: dict[str, Any]) -> str:
     """One line per seed of `benchmarks/sigmorphon.py`; of mixing and SEAL the best variant."""
-    lines = [
-        "| seed | plain | trusted | mixing | SEAL | **tamis** | oracle | gap closed | gap closed, loss | AUROC |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns, lines = (
+        "seed | plain | trusted | mixing | SEAL | **tamis** | oracle | gap closed | gap closed, loss | AUROC",
+        list[list[str]](),
+    )
     for seed in sorted({row["seed"] for row in results["rows"]}):
         rows = [row for row in results["rows"] if row["seed"] == seed]
         (tamis,) = [row for row in rows if row["method"] == "tamis"]
@@ -119,16 +116,16 @@ def sigmorphon_table(results: dict[str, Any]) -> str:
         best = [_mean_of_best(rows, prefix) for prefix in shown]
         cells = [f"{value:.3f}" for value in best] + [f"{tamis[n]:.2f}" for n in ("gap_closure", "gap_closure_loss")]
         cells[4] = f"**{cells[4]}**"
-        lines.append(f"| {seed} | {' | '.join(cells)} | {tamis['selection_auroc']:.3f} |")
-    return "\n".join(lines)
+        lines.append([str(seed), *cells, f"{tamis['selection_auroc']:.3f}"])
+    return _table(columns, lines)
 
 
 def refining_table(results: dict[str, Any]) -> str:
     """One line per scenario and seed of `benchmarks/refining.py`: exact match and loss."""
-    lines = [
-        "| task | seed | trusted | mixing | selection alone | with refining | oracle | extra gap closed, loss |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns, lines = (
+        "task | seed | trusted | mixing | selection alone | with refining | oracle | extra gap closed, loss",
+        list[list[str]](),
+    )
     for scenario, seed in dict.fromkeys((row["scenario"], row["seed"]) for row in results["rows"]):
         shown = best_variants([row for row in results["rows"] if (row["scenario"], row["seed"]) == (scenario, seed)])
         found = {row["group"]: row for row in shown}
@@ -136,16 +133,14 @@ def refining_table(results: dict[str, Any]) -> str:
         names = ("trusted rows alone", "direct mixing", "tamis", "tamis, refining", "oracle (right rows)")
         cells = [f"{found[name]['test_accuracy']:.3f} / {found[name]['test_loss']:.3f}" for name in names]
         extra = [online[n] - offline[n] for n in ("gap_closure", "gap_closure_loss")]
-        lines.append(f"| `{scenario}` | {seed} | {' | '.join(cells)} | {extra[0]:.2f}, {extra[1]:.2f} |")
-    return "\n".join(lines)
+        lines.append([f"`{scenario}`", str(seed), *cells, f"{extra[0]:.2f}, {extra[1]:.2f}"])
+    return _table(columns, lines)
 
 
 def scouting_table(results: dict[str, Any]) -> str:
     """One line per base model of `benchmarks/scouting.py`; one value per seed."""
-    lines = [
-        "| task | pretraining steps | AUROC | believed | kept rows | wrong among them |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = "task | pretraining steps | AUROC | believed | kept rows | wrong among them"
+    lines: list[list[str]] = []
     for scenario, steps in dict.fromkeys((row["scenario"], row["pretrain_steps"]) for row in results["rows"]):
         rows = [r for r in results["rows"] if (r["scenario"], r["pretrain_steps"]) == (scenario, steps)]
         cells = [
@@ -153,16 +148,63 @@ def scouting_table(results: dict[str, Any]) -> str:
             f"{sum(row['is_believed'] for row in rows)} of {len(rows)}",
             *(", ".join(f"{row[name]:.0%}" for row in rows) for name in ("share_kept", "wrong_among_kept")),
         ]
-        lines.append(f"| {scenario} | {steps:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([scenario, f"{steps:,}", *cells])
+    return _table(columns, lines)
+
+
+def llm_scouting_table(results: dict[str, Any]) -> str:
+    """One line per data set and seed of `benchmarks/llm.py`: what the scout found, beside truth and simpler scores."""
+    columns, lines = (
+        "rows | belief | AUROC of p_right | expected | AUROC of scores | of base loss | of length | right rows",
+        list[list[str]](),
+    )
+    for row in results["rows"]:
+        if row["method"] == "tamis":
+            expected = f"{row['expected_auroc']:.3f}" if row["is_believed"] else ""
+            share = f"{row['estimated_share_right']:.2f} ({row['share_right']:.2f})"
+            cells = [f"`{row['dataset']}`", f"{row['belief']:.2f}", f"{row['auroc']:.3f}", expected]
+            cells += [f"{row[name]:.3f}" for name in ("auroc_of_scores", "auroc_of_base_loss", "auroc_of_length")]
+            lines.append([*cells, share])
+    return _table(columns, lines)
+
+
+def llm_losses_table(results: dict[str, Any]) -> str:
+    """One line per data set and seed of `benchmarks/llm.py`: held-out losses, and tamis less the better mixing."""
+    columns = "rows | base model | trusted | mixing | **tamis** | tamis less mixing"
+    lines: list[list[str]] = []
+    for dataset, seed in dict.fromkeys((row["dataset"], row["seed"]) for row in results["rows"]):
+        rows = [row for row in results["rows"] if (row["dataset"], row["seed"]) == (dataset, seed)]
+        found: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            found[row["group"]] = min(found.get(row["group"], row), row, key=lambda row: row["test_loss"])
+        names = ("base model", "trusted rows alone", "direct mixing", "tamis")
+        cells = [f"{found[name]['test_loss']:.3f} ± {found[name]['test_loss_error']:.3f}" for name in names]
+        cells[-1] = f"**{cells[-1]}**"
+        difference = f"{found['tamis']['difference']:+.3f} ± {found['tamis']['difference_error']:.3f}"
+        lines.append([f"`{dataset}`", *cells, difference])
+    return _table(columns, lines)
+
+
+def llm_samples(results: dict[str, Any]) -> str:
+    """Responses side by side, of the first data set of `benchmarks/llm.py`."""
+    first = results["rows"][0]["dataset"]
+    parts = []
+    for number, sample in enumerate((s for s in results["rows"] if s["dataset"] == first), 1):
+        texts = {"Held-out response": sample["answer"], "tamis": sample["tamis"], "Mixing": sample["mixing"]}
+        parts.append(f"### {number}\n\n{_quoted(sample['prompt'])}")
+        parts += [f"**{name}**\n\n{_quoted(text)}" for name, text in texts.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _quoted(text: str) -> str:
+    lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, 116) or [""]]
+    return "\n".join(f"> {line}".rstrip() for line in lines)
 
 
 def estimates_table() -> str:
     """Estimates of tamis against the truth, over all runs of each benchmark in `ESTIMATES`."""
-    lines = [
-        "| benchmark | runs | believed | right rows | error | AUROC of believed | error |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = "benchmark | runs | believed | right rows | error | AUROC of believed | error"
+    lines: list[list[str]] = []
     shares, aurocs = [], []
     for name, title in ESTIMATES.items():
         rows = [row for row in _read(name)["rows"] if row["method"] == "tamis"]
@@ -172,10 +214,10 @@ def estimates_table() -> str:
         shares += share
         aurocs += auroc
         cells = [title, str(len(rows)), str(len(believed)), *_truth_and_error(share), *_truth_and_error(auroc)]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     errors = _truth_and_error(shares)[1], _truth_and_error(aurocs)[1]
-    lines.append(f"| **all** | {len(shares)} | {len(aurocs)} | | **{errors[0]}** | | **{errors[1]}** |")
-    return "\n".join(lines)
+    lines.append(["**all**", str(len(shares)), str(len(aurocs)), "", f"**{errors[0]}**", "", f"**{errors[1]}**"])
+    return _table(columns, lines)
 
 
 def _known_auroc(row: dict[str, Any]) -> float | None:
@@ -192,51 +234,54 @@ def _truth_and_error(pairs: list[tuple[Any, Any]]) -> tuple[str, str]:
 
 def theory_solutions_table(results: dict[str, Any]) -> str:
     """One line per method on the separable problem of `benchmarks/theory.py`."""
-    lines = [
-        "| method | weight of useless rows | validation loss | loss of useful rows | model |",
-        "|---|---|---|---|---|",
-    ]
+    columns, lines = (
+        "method | weight of useless rows | validation loss | loss of useful rows | model",
+        list[list[str]](),
+    )
     for row in _part(results, "solutions"):
         share = "" if row["useless_share"] is None else _small(row["useless_share"])
         model = f"({row['theta_0']:.3f}, {row['theta_1']:.3f})"
         cells = [share, _small(row["validation_loss"]), _small(row["useful_loss"]), model]
-        lines.append(f"| {' | '.join([row['method'], *cells])} |")
-    return "\n".join(lines)
+        lines.append([row["method"], *cells])
+    return _table(columns, lines)
 
 
 def theory_not_separable_table(results: dict[str, Any]) -> str:
     """One line per problem and method."""
-    lines = ["| problem | method | model | validation loss |", "|---|---|---|---|"]
+    columns = "problem | method | model | validation loss"
+    lines: list[list[str]] = []
     for row in _part(results, "not_separable"):
         cells = [row["problem"], row["method"], f"{row['theta_0'] + 0.0:.3f}", _small(row["validation_loss"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _table(columns, lines)
 
 
 def theory_posterior_table(results: dict[str, Any]) -> str:
     """One line per pair of distributions, one column per share of right rows; means over the seeds."""
     rows = _part(results, "posterior")
     shares = sorted({row["share_right"] for row in rows})
-    lines = [f"| scores | {' | '.join(f'{share:.0%}' for share in shares)} |", "|---" * (len(shares) + 1) + "|"]
+    columns = " | ".join(["scores", *(f"{share:.0%}" for share in shares)])
+    lines: list[list[str]] = []
     for problem in dict.fromkeys(row["problem"] for row in rows):
         cells = []
         for share in shares:
             found = [row for row in rows if (row["problem"], row["share_right"]) == (problem, share)]
             estimate, error = (_mean([row[n] for row in found]) for n in ("estimated_share_right", "posterior_error"))
             cells.append(f"{estimate:.3f} ({error:.3f})")
-        lines.append(f"| {' | '.join([problem, *cells])} |")
-    return "\n".join(lines)
+        lines.append([problem, *cells])
+    return _table(columns, lines)
 
 
 def theory_weights_table(results: dict[str, Any]) -> str:
     """One line per noise, one column per rule."""
     rows = _part(results, "weights")
     rules = [rule for rule in dict.fromkeys(row["method"] for row in rows) if rule != "best"]
-    lines = [f"| mistakes | noise | {' | '.join(rules)} |", "|---" * (len(rules) + 2) + "|"]
+    columns = " | ".join(["mistakes", "noise", *rules])
+    lines: list[list[str]] = []
     for mistakes, noise in dict.fromkeys((row["problem"], row["noise"]) for row in rows):
         found = {r["method"]: r["error"] for r in rows if (r["problem"], r["noise"]) == (mistakes, noise)}
-        lines.append(f"| {mistakes} | {noise:g} | {' | '.join(f'{found[rule]:.2f}' for rule in rules)} |")
-    return "\n".join(lines)
+        lines.append([mistakes, f"{noise:g}", *(f"{found[rule]:.2f}" for rule in rules)])
+    return _table(columns, lines)
 
 
 def _part(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -279,9 +324,6 @@ def fill(text: str) -> str:
             "refining": refining_table,
             "scouting": scouting_table,
             "llm.scouting": llm_scouting_table,
-            "rival_cost": rival_cost_table,
-            "suite.cells": suite_table,
-            "suite.rivals": suite_rivals_table,
             "llm.losses": llm_losses_table,
             "llm_samples": llm_samples,
             "theory.solutions": theory_solutions_table,

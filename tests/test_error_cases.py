@@ -6,6 +6,7 @@ the model is loaded.
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -341,6 +342,21 @@ def test_templates_that_cannot_render_the_rows(template, messages, message, fold
         (folder / "model" / "chat_template.jinja").write_text(template)
     assert run([], without=["--eval_dataset"]) == 2
     assert message in error_of(capfd)
+
+
+def test_a_template_that_fails_on_what_a_later_row_says(folder, model_dir, capfd):
+    (folder / "model").unlink()
+    shutil.copytree(model_dir, folder / "model")
+    template = (
+        "{% for m in messages %}{{ m.content if 'odd' not in m.content else raise_exception('odd') }}{% endfor %}"
+    )
+    (folder / "model" / "chat_template.jinja").write_text(template)
+    for name in ("train", "validation"):
+        rows = [{"messages": CHAT}] * 4
+        odd = [{"messages": [CHAT[0] | {"content": "odd"}, CHAT[1]]}]
+        write_jsonl(folder / f"{name}.jsonl", rows + (odd if name == "train" else []))
+    assert run([], without=["--eval_dataset"]) == 2
+    assert "the chat template cannot render a row (TemplateError: odd)" in error_of(capfd)
 
 
 def warnings_of(capfd) -> list[str]:

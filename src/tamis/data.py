@@ -25,6 +25,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, l
 from tamis.bad_rows import BadRow, RowSieve
 from tamis.layouts import EXTRAS, chatml, choose_columns, names_by_kind, normalized
 from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, place_in_file
+from tamis.settings import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +133,7 @@ def _one_line(problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # hub, network, pyarrow, gzip and damaged files raise a dozen kinds
-        first_line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        raise ValueError(f"{problem} ({type(error).__name__}: {first_line}).") from error
+        raise ValueError(f"{problem} ({type(error).__name__}: {first_line(error)}).") from error
 
 
 def _looks_like_path(source: str) -> bool:

@@ -8,13 +8,12 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from tamis.data import rows_of
 from tamis.layouts import LAYOUTS
-from tamis.rows import batches, column_values, content_hash, row_name
+from tamis.rows import TEXT_FORMATS, batches, column_values, content_hash, row_name
 
 logger = logging.getLogger(__name__)
 
 # The split that a role takes of a `DatasetDict` with several.
 _SPLITS = {"train_dataset": "train", "validation_dataset": "validation"}
-_FORMATS = ({"prompt", "completion"}, {"messages"}, {"text"})
 # What says which tokens of a row in tokens are trained on, as TRL reads it.
 _MASKS = ("labels", "completion_mask", "assistant_masks")
 _KEPT = ("weight", "row", "source")
@@ -45,7 +44,7 @@ def as_rows(given: Any, role: str, formatting_func: Callable[[dict[str, Any]], s
             logger.warning(f"formatting_func has no effect on {role}: its rows are input_ids already")
         return given
     if formatting_func is not None:
-        if _FORMATS[0] <= set(given.column_names):  # as in TRL
+        if {"prompt", "completion"} <= set(given.column_names):  # as in TRL
             raise ValueError(
                 f"formatting_func would make one text of prompt and completion in {role}: the loss would cover both, "
                 "leave it out, or rename the columns"
@@ -67,7 +66,7 @@ def has_customary_columns(given: Any) -> bool:
     if isinstance(given, DatasetDict):
         given = given.get("train", next(iter(given.values()), None))
     found = set(given.column_names) if isinstance(given, Dataset) else set()
-    is_of_trl = "input_ids" in found or any(names <= found for names in _FORMATS)
+    is_of_trl = "input_ids" in found or any(set(names) <= found for names in TEXT_FORMATS)
     return not is_of_trl and any(set(layout) <= found for layout in LAYOUTS)
 
 

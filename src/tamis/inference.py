@@ -20,7 +20,7 @@ from tamis.files import write_atomically
 from tamis.inputs import held_out_datasets
 from tamis.losses import evaluation_mode
 from tamis.refining.generation import closing_tokens
-from tamis.rows import row_name
+from tamis.rows import last_answer, row_name
 from tamis.trl_options import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -124,8 +124,7 @@ def prompt_of(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]], Any]:
     if "prompt" in row:
         prompt = row["prompt"]
     elif "messages" in row:
-        last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        prompt = row["messages"][:last]
+        prompt = row["messages"][: last_answer(row["messages"])]
     else:
         prompt = " ".join(row["text"].split(" ")[:8])
     if isinstance(prompt, list):

@@ -28,10 +28,11 @@ from tamis.rows import (
     column_values,
     content_columns,
     is_conversational,
+    last_answer,
     row_name,
     training_flag,
 )
-from tamis.settings import warn_without_effect
+from tamis.settings import first_line, warn_without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,8 @@ class Prompts:
             prompt = self.render(messages[:1], add_generation_prompt=True)
             whole = self.render(messages)
         except Exception as error:  # jinja raises a dozen kinds
-            raise ValueError(f"{name} cannot write a conversation ({_first_line(error)}). Correct it.") from error
+            problem = first_line(error) or type(error).__name__
+            raise ValueError(f"{name} cannot write a conversation ({problem}). Correct it.") from error
         if "question" not in prompt or "answer" not in whole:
             raise ValueError(f"{name} does not write the messages: it must go through the messages and their content.")
 
@@ -275,7 +277,7 @@ class Prompts:
             return {"prompt": messages, "completion": row["completion"]}
         if not self.splits:
             return {"messages": messages}
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        last = last_answer(messages)
         if last == 0:
             raise ValueError("there is no message before the answer. Give it the prompt that it answers")
         return {"prompt": messages[:last], "completion": [messages[last]]}
@@ -314,7 +316,7 @@ class Prompts:
             text = self.render(messages, tools)
             has_no_tools = bool(tools) and self.render(messages) == text
         except Exception as error:
-            return f"the chat template cannot write it ({_first_line(error)}). {remedy}"
+            return f"the chat template cannot write it ({first_line(error) or type(error).__name__}). {remedy}"
         if has_no_tools:
             return f'column "tools": the chat template leaves tools out. {remedy}'
         for message in messages:
@@ -410,7 +412,3 @@ def _rewritten(dataset: Dataset, names: list[str], write: Callable[[Row], Row], 
     whole = pa.concat_tables(tables, promote_options="permissive")
     fingerprint = hashlib.blake2b(f"{dataset._fingerprint} {key}".encode(), digest_size=8).hexdigest()
     return Dataset(whole, fingerprint=fingerprint)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -23,6 +23,7 @@ from datasets import Dataset
 logger = logging.getLogger(__name__)
 
 # Columns that belong to a prompt beside the prompt itself; `tamis.prompts` puts them in.
+TEXT_FORMATS = (("prompt", "completion"), ("messages",), ("text",))  # of TRL, by their columns
 PROMPT_PARTS = ("prompt_input", "system", "history", "tools")
 MIXED = "text and lists of messages are mixed. Give all prompts and responses one form"
 BATCH_SIZE = 10_000
@@ -203,6 +204,11 @@ def _problem_of_messages(messages: list[Any], kind: str) -> str | None:
     return None if answered or kind == "prompt" else "no message of the assistant has content. Remove the row"
 
 
+def last_answer(messages: Sequence[Mapping[str, Any]]) -> int:
+    """The place of the last message of the assistant, of which checked messages have one."""
+    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+
+
 def training_flag(message: Mapping[str, Any]) -> Any:
     """Whether a message says that it is trained on: `train` (Axolotl, OpenPipe) or `weight` (OpenAI); None if not."""
     flag = message.get("train")
@@ -367,9 +373,9 @@ def arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
 
 def content_columns(dataset: Dataset, role: str) -> list[str]:
     """The columns that TRL reads of the rows; raises ValueError where none of its text formats fits."""
-    for names in (["prompt", "completion"], ["messages"], ["text"]):
+    for names in TEXT_FORMATS:
         if set(names) <= set(dataset.column_names):
-            return names
+            return list(names)
     raise ValueError(f"{role}: neither prompt and completion, messages nor text in {', '.join(dataset.column_names)}.")
 
 

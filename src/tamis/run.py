@@ -183,7 +183,7 @@ def train(
     trainer = make_trainer(data, args, model_args, trainer_class)
     if resume and _is_finished(trainer, resume):
         return {}
-    if shows_row and trainer.is_world_process_zero():
+    if shows_row and is_main_process:
         show_row(trainer)
     use_progress(trainer, ProgressCallback("training"))
     stop.hint = ", before the first step: the same command starts again"

@@ -50,6 +50,11 @@ def as_flags(text: str) -> str:
     return _SETTING.sub(lambda found: " ".join(filter(None, (f"--{found[1]}", found[2]))), text)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what another library says, without its full stop; empty where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
+
+
 class FlagFormatter(logging.Formatter):
     """Shows the messages of a log by `as_flags`."""
 

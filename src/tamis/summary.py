@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tamis.inference import EXAMPLE
+
 
 def summarize(output_dir: str | Path, *, has_held_out: bool) -> list[tuple[str, str]]:
     """Lines of a table, as (name, text).
@@ -45,7 +47,7 @@ def _held_out(folder: Path) -> list[tuple[str, str]]:
 
 
 def _next_command(folder: Path) -> str:
-    example = folder / "inference_example.py"
+    example = folder / EXAMPLE
     if example.is_file():
         return f"python {example}"
     return f"tamis train --config {folder / 'config.yaml'} --output_dir {folder}-again"

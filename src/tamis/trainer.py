@@ -204,7 +204,6 @@ class BilevelTrainer(RowEvaluation):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         """See [`~trl.SFTTrainer`]; `num_tokens` says how long each row was before it was cut to ``max_length``."""
-        dataset = self.prompts.rows(dataset, dataset_name)
         uncut = copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
         whole = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
