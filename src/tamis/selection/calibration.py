@@ -178,9 +178,9 @@ def _share_right(training_share: Array, validation_share: Array) -> float:
 def _validation_share(sample: Sample, mixture: Mixture, training_share: Array) -> Array:
     """Shares of validation rows with which as many training rows are right as the data do not speak against.
 
-    The least of a few ratios with errors is too small on average, and the fewer rows are wrong, the more right ones that
-    costs. So it is not the likeliest shares that count, but those of the largest share of right rows whose likelihood
-    is as good within `_TOLERANCE` (a one-sided profile likelihood; figures in LOG.md).
+    The least of a few ratios with errors is too small on average, and the fewer rows are wrong, the more right ones
+    that costs. So it is not the likeliest shares that count, but those of the largest share of right rows whose
+    likelihood is as good within `_TOLERANCE` (a one-sided profile likelihood; figures in LOG.md).
     """
     share = _supported(training_share, mixture.validation_share, sample.weight.sum())
     density_VJ = mixture.densities(sample.validation) + 1e-300
