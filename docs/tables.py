@@ -6,6 +6,7 @@ Where a benchmark has several tables, `NAME.PART` is one of them.
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,18 @@ from typing import Any
 from tamis.compare.table import best_variants
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "theory.md")
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
+
+from suite_tables import (  # noqa: E402
+    llm_losses_table,
+    llm_samples,
+    llm_scouting_table,
+    rival_cost_table,
+    suite_rivals_table,
+    suite_table,
+)
+
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "samples")))
 BOLD = ("tamis", "tamis, refining")
 ESTIMATES = {
     "shares_half_wrong": "strings, one common mistake",
@@ -145,41 +157,6 @@ def scouting_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def llm_scouting_table(results: dict[str, Any]) -> str:
-    """One line per data set and seed of `benchmarks/llm.py`: what the scout found, beside truth and simpler scores."""
-    lines = [
-        "| rows | belief | AUROC of p_right | expected | AUROC of scores | of base loss | of length | right rows |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        if row["method"] == "tamis":
-            expected = f"{row['expected_auroc']:.3f}" if row["is_believed"] else ""
-            share = f"{row['estimated_share_right']:.2f} ({row['share_right']:.2f})"
-            cells = [f"`{row['dataset']}`", f"{row['belief']:.2f}", f"{row['auroc']:.3f}", expected]
-            cells += [f"{row[name]:.3f}" for name in ("auroc_of_scores", "auroc_of_base_loss", "auroc_of_length")]
-            lines.append(f"| {' | '.join([*cells, share])} |")
-    return "\n".join(lines)
-
-
-def llm_losses_table(results: dict[str, Any]) -> str:
-    """One line per data set and seed of `benchmarks/llm.py`: held-out losses, and tamis less the better mixing."""
-    lines = [
-        "| rows | base model | trusted | mixing | **tamis** | tamis less mixing |",
-        "|---|---|---|---|---|---|",
-    ]
-    for dataset, seed in dict.fromkeys((row["dataset"], row["seed"]) for row in results["rows"]):
-        rows = [row for row in results["rows"] if (row["dataset"], row["seed"]) == (dataset, seed)]
-        found: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            found[row["group"]] = min(found.get(row["group"], row), row, key=lambda row: row["test_loss"])
-        names = ("base model", "trusted rows alone", "direct mixing", "tamis")
-        cells = [f"{found[name]['test_loss']:.3f} ± {found[name]['test_loss_error']:.3f}" for name in names]
-        cells[-1] = f"**{cells[-1]}**"
-        difference = f"{found['tamis']['difference']:+.3f} ± {found['tamis']['difference_error']:.3f}"
-        lines.append(f"| `{dataset}` | {' | '.join(cells)} | {difference} |")
-    return "\n".join(lines)
-
-
 def estimates_table() -> str:
     """Estimates of tamis against the truth, over all runs of each benchmark in `ESTIMATES`."""
     lines = [
@@ -302,7 +279,11 @@ def fill(text: str) -> str:
             "refining": refining_table,
             "scouting": scouting_table,
             "llm.scouting": llm_scouting_table,
+            "rival_cost": rival_cost_table,
+            "suite.cells": suite_table,
+            "suite.rivals": suite_rivals_table,
             "llm.losses": llm_losses_table,
+            "llm_samples": llm_samples,
             "theory.solutions": theory_solutions_table,
             "theory.not_separable": theory_not_separable_table,
             "theory.posterior": theory_posterior_table,
