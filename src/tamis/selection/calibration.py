@@ -8,8 +8,9 @@ a right row looks like to the scout. Both samples are described by the same few 
 
 With ``pi`` the share of right rows, ``f = pi h + (1 - pi) wrong`` and ``wrong >= 0``, so that ``pi <= t_j / v_j`` in
 every component. The largest such ``pi`` is the estimate (that of mixture proportion estimation; Blanchard et al. 2010),
-and ``p_right = pi h / f`` is one less the local false discovery rate (Efron et al. 2001), here made to fall with the
-score. Maximum likelihood by EM over both samples at once is our derivation; figures in LOG.md.
+with ``v`` as even as the data allow (`_validation_share`), and ``p_right = pi h / f`` is one less the local false
+discovery rate (Efron et al. 2001), here made to fall with the score. Maximum likelihood by EM over both samples at once
+is our derivation; figures in LOG.md.
 
 A score is a loss or an excess loss, in any unit: larger is worse. Shape suffixes: R training rows, V validation rows,
 J components, X bins.
@@ -33,8 +34,7 @@ from tamis.selection.mixture import (
     shares_below,
 )
 
-# Of the log-likelihood: what the data do not tell apart. Half of it is 0.23 at the quartile of a normal error.
-_TOLERANCE = 0.25
+_TOLERANCE = 0.25  # of the log-likelihood, which falls by 0.23 from its peak to a quartile of a normal error
 _MIN_ROWS = 3.0  # validation rows that must stand behind a share of right rows
 _RANK_WIDTH = 0.03  # of the training rows: how far apart rows may rank and still be taken for alike
 _NUM_BISECTIONS = 8
