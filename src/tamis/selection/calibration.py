@@ -8,8 +8,9 @@ a right row looks like to the scout. Both samples are described by the same few 
 
 With ``pi`` the share of right rows, ``f = pi h + (1 - pi) wrong`` and ``wrong >= 0``, so that ``pi <= t_j / v_j`` in
 every component. The largest such ``pi`` is the estimate (that of mixture proportion estimation; Blanchard et al. 2010),
-and ``p_right = pi h / f`` is one less the local false discovery rate (Efron et al. 2001), here made to fall with the
-score. Maximum likelihood by EM over both samples at once is our derivation; figures in LOG.md.
+with ``v`` as even as the data allow (`_validation_share`), and ``p_right = pi h / f`` is one less the local false
+discovery rate (Efron et al. 2001), here made to fall with the score. Maximum likelihood by EM over both samples at once
+is our derivation; figures in LOG.md.
 
 A score is a loss or an excess loss, in any unit: larger is worse. Shape suffixes: R training rows, V validation rows,
 J components, X bins.
@@ -21,10 +22,22 @@ from typing import Any, Self
 
 import numpy as np
 
-from tamis.selection.mixture import Array, Mixture, Sample, densities, falling, falling_ratio, fit_mixture, refit
+from tamis.selection.mixture import (
+    Array,
+    Mixture,
+    Sample,
+    densities,
+    falling,
+    falling_ratio,
+    fit_mixture,
+    refit,
+    shares_below,
+)
 
+_TOLERANCE = 0.25  # of the log-likelihood, which falls by 0.23 from its peak to a quartile of a normal error
 _MIN_ROWS = 3.0  # validation rows that must stand behind a share of right rows
 _RANK_WIDTH = 0.03  # of the training rows: how far apart rows may rank and still be taken for alike
+_NUM_BISECTIONS = 8
 _NUM_RESAMPLES = 60  # of the interval; each is fitted from the mixture of all rows on
 
 
@@ -109,7 +122,7 @@ def fit(
         return Calibration((0.0,), (1.0,), (1.0,), (1.0,), lowest, lowest + 1.0, 0.0, (1.0, 1.0))
     best = fit_mixture(sample)
     training_share = best.training_share.clip(min=0.5 / len(training_R))
-    validation_share = _supported(training_share, best.validation_share, sample.weight.sum())
+    validation_share = _validation_share(sample, best, training_share)
     if _share_right(training_share, validation_share) > 1 - 1e-9:
         belief = 0.0
     return Calibration(
@@ -162,6 +175,27 @@ def _share_right(training_share: Array, validation_share: Array) -> float:
     return float(min(1 / falling_ratio(training_share, validation_share).max(), 1.0))
 
 
+def _validation_share(sample: Sample, mixture: Mixture, training_share: Array) -> Array:
+    """Shares of validation rows with which as many training rows are right as the data do not speak against.
+
+    The least of a few ratios with errors is too small on average, and the fewer rows are wrong, the more right ones
+    that costs. So it is not the likeliest shares that count, but those of the largest share of right rows whose
+    likelihood is as good within `_TOLERANCE` (a one-sided profile likelihood; figures in LOG.md).
+    """
+    share = _supported(training_share, mixture.validation_share, sample.weight.sum())
+    density_VJ = mixture.densities(sample.validation) + 1e-300
+    low, high = _share_right(training_share, share), 1.0
+    _, best = shares_below(density_VJ, sample.weight, share, training_share / low)
+    for _ in range(_NUM_BISECTIONS):
+        middle = (low + high) / 2
+        found, log_likelihood = shares_below(density_VJ, sample.weight, share, training_share / middle)
+        if log_likelihood >= best - _TOLERANCE:
+            low, share = middle, found
+        else:
+            high = middle
+    return share
+
+
 def _supported(training_share: Array, validation_share: Array, num_validation: float) -> Array:
     """The shares of validation rows, where the components with the best scores hold some of them.
 
@@ -191,7 +225,7 @@ def _interval(sample: Sample, mixture: Mixture, belief: float, seed: int) -> tup
             weight=sample.weight[places],
         )
         found = refit(drawn, mixture, max_iterations=60)
-        share = _supported(found.training_share, found.validation_share, sample.weight.sum())
+        share = _validation_share(drawn, found, found.training_share)
         shares.append(belief * _share_right(found.training_share, share) + 1 - belief)
     low, high = np.quantile(shares, [0.05, 0.95])
     return float(low), float(high)

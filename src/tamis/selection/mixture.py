@@ -22,6 +22,8 @@ _NUM_BINS = 100
 _CLIP = 0.002  # share of the training rows on either side that are drawn in: a Gaussian must not follow outliers
 _MIN_DEVIATION = 0.05  # of a component, in standard deviations of the scores
 _MAX_ITERATIONS = 400
+_MAX_CAPPED_ITERATIONS = 50
+_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,37 @@ def _expectation_maximisation(
             share = np.broadcast_to(size / size.sum(), share.shape)
     order = np.argsort(mean)
     return Mixture(mean[order], deviation[order], share[0][order], share[1][order], before)
+
+
+def shares_below(density_VJ: Array, weight_V: Array, share_J: Array, cap_J: Array) -> tuple[Array, float]:
+    """The likeliest shares of the validation rows of which none is above its cap, and their log-likelihood.
+
+    Args:
+        density_VJ: of each component at each row, positive.
+        weight_V: what the rows count.
+        share_J: to begin with.
+        cap_J: the caps, which sum to at least one.
+    """
+    before = -math.inf
+    for _ in range(_MAX_CAPPED_ITERATIONS):
+        share_J = _capped(share_J + _TINY, cap_J)
+        total_V = density_VJ @ share_J
+        log_likelihood = float(weight_V @ np.log(total_V))
+        if log_likelihood - before < 1e-3:
+            break
+        before, likeliest_J = log_likelihood, share_J
+        share_J = share_J * ((weight_V / total_V) @ density_VJ) / weight_V.sum()
+    return likeliest_J, before
+
+
+def _capped(values_J: Array, cap_J: Array) -> Array:
+    """Shares in proportion to positive values, but none above its cap."""
+    is_free_J, share_J = np.ones(len(values_J), bool), values_J / values_J.sum()
+    while (is_above_J := is_free_J & (share_J > cap_J * (1 + 1e-12))).any() and not is_above_J.all():
+        is_free_J &= ~is_above_J
+        left = 1 - cap_J[~is_free_J].sum()
+        share_J = np.where(is_free_J, values_J / max(values_J[is_free_J].sum(), _TINY) * left, cap_J)
+    return np.asarray(share_J)
 
 
 def falling(values: Array, weights: Array) -> Array:
