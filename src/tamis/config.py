@@ -240,7 +240,7 @@ class BilevelConfig(SFTConfig):
             )
         if scouts:
             given = None if self.scout_learning_rate is None else (self.scout_learning_rate,)
-            rates = tuple(ratio * self.learning_rate for ratio in SCOUT_LEARNING_RATE_RATIOS)
+            rates = tuple(float(f"{ratio * self.learning_rate:.6g}") for ratio in SCOUT_LEARNING_RATE_RATIOS)
             reason = f"{', '.join(map(str, SCOUT_LEARNING_RATE_RATIOS))} times learning_rate: unseen rows choose"
             resolved.set("scout_learning_rates", given, rates, reason)
         if has_validation:

@@ -1,6 +1,7 @@
 """The datasets that a trainer is given: one door for all of them, before a model is loaded."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -8,6 +9,8 @@ from datasets import Dataset
 from tamis.config import BilevelConfig
 from tamis.forms import as_rows, check_token_rows, is_in_tokens, token_columns
 from tamis.rows import check_overlap, check_rows, content_columns, is_conversational
+
+logger = logging.getLogger(__name__)
 
 _IMAGE_COLUMNS = ("image", "images")
 
@@ -94,3 +97,16 @@ def _format_of(dataset: Dataset, role: str) -> str:
     names = token_columns(dataset) if is_in_tokens(dataset) else content_columns(dataset, role)
     are_messages = names[0] == "prompt" and is_conversational(dataset)
     return " and ".join(names) + (" as lists of messages" if are_messages else "")
+
+
+def without_repeats(rows: Dataset, hashes: Sequence[str], role: str) -> Dataset:
+    """Each row once: of two copies of a validation row, the scout that has not seen the one has seen the other.
+
+    Args:
+        hashes: of the contents of ``rows``, as `check_datasets` gives them.
+    """
+    first = {hashes[i]: i for i in reversed(range(len(rows)))}
+    num_repeats = len(rows) - len(first)
+    if num_repeats:
+        logger.warning(f"{role}: {num_repeats} of {len(rows)} rows repeat another row and are left out")
+    return rows.select(sorted(first.values())) if num_repeats else rows

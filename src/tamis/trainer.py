@@ -28,7 +28,7 @@ from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
 from tamis.forms import has_customary_columns
 from tamis.inference import describe
-from tamis.inputs import check_datasets, held_out_datasets, named_datasets
+from tamis.inputs import check_datasets, held_out_datasets, named_datasets, without_repeats
 from tamis.lengths import report_dropped, report_truncated, with_num_tokens
 from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.output_dir import (
@@ -139,6 +139,9 @@ class BilevelTrainer(RowEvaluation):
             datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)
         self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
+        if "validation_dataset" in datasets:
+            role = "validation_dataset"
+            datasets[role] = without_repeats(datasets[role], hashes[role], role)
         refuse_unreachable(model, args)
         self.prompts = Prompts(prompt_template, args, datasets, model, kwargs.get("processing_class"))
         self.prompts.announce(self.resolved)

@@ -70,6 +70,14 @@ def test_a_scout_has_never_seen_the_rows_it_is_judged_by(bilevel, num_validation
     assert all(sorted(unseen) == list(range(num_validation)) for unseen in unseen_by_rate.values()), "each row once"
 
 
+def test_of_repeated_validation_rows_one_is_used(bilevel, caplog):
+    """Else the scout that has not seen the one has seen the other, and every training row looks worse than both."""
+    once, twice = bilevel(TRAIN, TRUSTED[:8]), bilevel(TRAIN, TRUSTED[:8] + TRUSTED[2:6])
+    assert caplog.messages.count("validation_dataset: 4 of 12 rows repeat another row and are left out") == 1
+    assert twice.validation_dataset["input_ids"] == once.validation_dataset["input_ids"]
+    assert len(twice.train_dataset) == len(TRAIN)
+
+
 def test_the_evidence_by_hand(bilevel):
     """Train on three folds, measure the fourth beside the training rows; scores of a fold in its own unit."""
     trainer = bilevel(FEW, TRUSTED)
