@@ -94,7 +94,7 @@ def make_small_model(texts: list[str], model_dir: Path, num_steps: int, seed: in
 def tamis_train(
     files: dict[str, Path], model_dir: Path, output_dir: Path, max_steps: int, *extra: str
 ) -> dict[str, float]:
-    """Run the command as a user would and read its results from stdout."""
+    """Run the command as a user would; the metrics of its last evaluation."""
     command = [
         *(str(Path(sys.executable).parent / "tamis"), "train", "--model_name_or_path", str(model_dir)),
         *("--train_dataset", str(files["train"]), "--validation_dataset", str(files["validation"])),
@@ -102,8 +102,9 @@ def tamis_train(
         *("--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--max_length", "192", "--use_cpu"),
         *("--bf16", "false", "--activation_checkpointing", "false", "--report_to", "none", *extra),
     ]
-    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("eval_")}
+    subprocess.run(command, check=True)
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return next(record for record in map(json.loads, reversed(lines)) if "eval_loss" in record)
 
 
 def fitted_with_labels(scores: np.ndarray, is_right: np.ndarray) -> np.ndarray:

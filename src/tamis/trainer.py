@@ -24,6 +24,7 @@ from transformers.trainer_utils import TrainOutput
 
 from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
+from tamis.boundaries import one_warning, report_merged
 from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
 from tamis.forms import has_customary_columns
@@ -169,6 +170,7 @@ class BilevelTrainer(RowEvaluation):
             if dataset is not None:
                 report_dropped(role, datasets[role], dataset, args.max_length)
                 report_truncated(role, datasets[role], dataset, args.max_length)
+                report_merged(role, datasets[role], dataset, self._tokenizer)
         rows = PreparedRows(self.train_dataset)
         validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
         self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
@@ -209,7 +211,8 @@ class BilevelTrainer(RowEvaluation):
         """See [`~trl.SFTTrainer`]; `num_tokens` says how long each row was before it was cut to ``max_length``."""
         uncut = copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
-        whole = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
+        with one_warning(dataset):
+            whole = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
         whole = with_num_tokens(whole)
         return super()._prepare_dataset(whole, processing_class, args, packing, None, dataset_name)
 
