@@ -103,7 +103,7 @@ def asked(run_dir: Path, rows: list[dict[str, Any]]) -> list[str]:
 
 def _prompt(row: dict[str, Any], is_chat: bool) -> Any:
     """As the card documents it, by hand."""
-    text = row["utterance"] if "utterance" in row else "\n".join(filter(None, (row["instruction"], row["input"])))
+    text = row["utterance"] if "utterance" in row else "\n\n".join(filter(None, (row["instruction"], row["input"])))
     return [{"role": "user", "content": text}] if is_chat else text
 
 
