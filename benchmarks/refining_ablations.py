@@ -1,8 +1,8 @@
 """What each setting of online refining does, on the demo's world with kinds of questions that have bad answers only.
 
-    python benchmarks/refining_ablations.py --output_dir runs/refining_ablations [--seeds 0 1] [--quick]
+    python benchmarks/refining_ablations.py --output_dir runs/refining_ablations [--seeds 0 1 2] [--quick]
 
-One setting at a time is moved away from that of `refining.py`: the fraction R of questions, the number G of answers,
+One setting at a time is moved away from those of `refining.py`: the fraction R of questions, the number G of answers,
 the temperature tau and level of the response weights, `lowest` against `random`, `bmo` against `uniform`, and when
 answers are drawn. Reported: accuracy and loss on held-out rows, and the share of right answers at the last refresh.
 """
@@ -21,7 +21,6 @@ from tamis.demo.run import SETTINGS
 from tamis.demo.world import make_world
 from tamis.files import write_atomically
 
-RHO = 0.3
 DEFAULT = "default"
 # group -> name of the variant -> what it changes
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -71,7 +70,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    arguments = make_parser(__doc__, seeds=(0, 1)).parse_args()
+    arguments = make_parser(__doc__).parse_args()
     base = REFINING_SETTINGS["bad_kinds"]
     variants = [(DEFAULT, DEFAULT, base), (DEFAULT, "no refining", {})]
     variants += [(group, name, base | change) for group, found in VARIANTS.items() for name, change in found.items()]
@@ -80,7 +79,7 @@ def main() -> None:
         folder = arguments.output_dir / f"seed{seed}"
         pretrain_steps = 20 if arguments.quick else None
         task = make_world(folder / "task", seed=seed, scenario="bad_kinds", pretrain_steps=pretrain_steps)
-        common = SETTINGS | {"seed": seed, "rho": RHO} | ({"max_steps": 20} if arguments.quick else {})
+        common = SETTINGS | {"seed": seed} | ({"max_steps": 20} if arguments.quick else {})
         for group, variant, settings in variants:
             method = Method(f"{group} {variant}", task.train_file, settings)
             row = run_method(method, task, folder, common)
