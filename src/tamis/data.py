@@ -299,8 +299,14 @@ def _canonical(
     if check.num_rows == 0:
         raise ValueError(f"{name}: there are no rows. Give a file with at least one row.")
     sieve.report(check.num_rows)
+    read = [*names.values()] if weight_column is None else [*names.values(), weight_column]
+    unread = [column for column in found if column not in read and column not in (path.split(".")[0] for path in read)]
     logger.info(
-        "%s: %d rows from the columns %s of %s", name, len(row_numbers), ", ".join(names.values()), ", ".join(found)
+        "%s: %d rows of %s%s",
+        name,
+        len(row_numbers),
+        ", ".join(read),
+        f" (not read: {', '.join(unread)})" if unread else "",
     )
     check.finish()
     table = _one_table(tables, name)
