@@ -40,16 +40,15 @@ def report_merged(role: str, rows: Dataset, prepared: Dataset, tokenizer: Any) -
     """Say in how many rows the last token of the prompt is the first of the response.
 
     Args:
-        rows: with `example_id`; only prompts that are text are looked at.
+        rows: by `example_id`; only prompts that are text are looked at.
         prepared: the same rows, or some of them, with `labels`. Rows that were cut are passed over.
     """
     if not _has_text_prompts(rows) or "labels" not in prepared.column_names or not len(prepared):
         return
     num_merged, shown = 0, ""
-    place_of = {example_id: i for i, example_id in enumerate(rows["example_id"])}
     for start in range(0, len(prepared), _NUM_ROWS):
         part = prepared.with_format(None)[start : start + _NUM_ROWS]
-        prompts = rows.with_format(None)[[place_of[i] for i in part["example_id"]]]["prompt"]
+        prompts = rows.with_format(None)[part["example_id"]]["prompt"]
         for ids, labels, prompt, length in zip(
             tokenizer(prompts)["input_ids"], part["labels"], prompts, part["num_tokens"], strict=True
         ):
