@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "every 1/2": {"refine_every": 0.5},
         "from 1/4 on": {"refine_start": 0.25},
     },
-    "which": {"random": {"refine_policy": "random"}},
+    "which": {"random, R 0.7": {"refine_policy": "random", "refine_fraction": 0.7}},  # about the wrong rows' share
 }
 
 
