@@ -116,7 +116,7 @@ def run_scenario(scenario: str, folder: Path, seed: int, is_quick: bool) -> dict
         rows, model_dir, column = alpaca_rows(rng, is_quick), folder.parent / "smollm2", "output"
         convert(model_dir)
         options = ["--use_peft", "--learning_rate=2e-4", "--scout_learning_rate=1e-4", "--max_length=160"]
-        options += ["--scout_epochs=6", "--logging_steps=5", f"--max_steps={6 if is_quick else 60}"]
+        options += ["--scout_epochs=2", "--logging_steps=5", f"--max_steps={6 if is_quick else 60}"]
     else:
         rows, model_dir, column = clinc_rows(rng, is_quick), folder / "model", "intent"
         texts = [f"{row['utterance']} {row['intent']}" for row in rows["train"]]

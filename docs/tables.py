@@ -6,8 +6,10 @@ Where a benchmark has several tables, `NAME.PART` is one of them.
 
 import json
 import re
+import statistics
 import textwrap
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +88,19 @@ def unlike_table(results: dict[str, Any]) -> str:
     return _table(columns, lines)
 
 
-def hypercleaning_table(results: dict[str, Any]) -> str:
-    """One line per method of `benchmarks/hypercleaning.py`: mean and deviation over the seeds."""
-    figures = ("accuracy_best", "accuracy_selected", "f1", "auroc")
-    columns, lines = (
-        "method | best accuracy | accuracy chosen on validation | F1 | AUROC | right rows: estimated (true)",
-        list[list[str]](),
-    )
+def hypercleaning_table(results: dict[str, Any], metric: str, title: str) -> str:
+    """One line per method of `benchmarks/hypercleaning.py`, one column per share of redrawn labels, over the seeds."""
+    redrawn = sorted({row["redrawn"] for row in results["rows"]})
+    columns = " | ".join([title, *(f"{share:.0%}" for share in redrawn)])
+    lines: list[list[str]] = []
     for method in dict.fromkeys(row["method"] for row in results["rows"]):
-        prefix = "" if method == "tamis" else f"{method}_"
-        found = [results["aggregates"].get(prefix + figure) for figure in figures]
-        cells = ["" if f is None else f"{f['mean']:.4f} ± {f['std']:.4f}" for f in found]
-        share = [results["aggregates"].get(f"{prefix}{name}") for name in ("estimated_share_right", "share_right")]
-        cells.append(f"{share[0]['mean']:.3f} ({share[1]['mean']:.3f})" if all(share) else "")
-        lines.append([f"**{method}**" if method in BOLD else f"`{method}`", *cells])
+        cells = []
+        for share in redrawn:
+            found = [row for row in results["rows"] if row["method"] == method and row["redrawn"] == share]
+            values = [row[metric] for row in found if row.get(metric) is not None]
+            cells.append(f"{_mean(values):.4f} ± {statistics.stdev(values):.4f}" if values else "")
+        if any(cells):
+            lines.append([f"**{method}**" if method in BOLD else f"`{method}`", *cells])
     return _table(columns, lines)
 
 
@@ -134,6 +135,20 @@ def refining_table(results: dict[str, Any]) -> str:
         cells = [f"{found[name]['test_accuracy']:.3f} / {found[name]['test_loss']:.3f}" for name in names]
         extra = [online[n] - offline[n] for n in ("gap_closure", "gap_closure_loss")]
         lines.append([f"`{scenario}`", str(seed), *cells, f"{extra[0]:.2f}, {extra[1]:.2f}"])
+    return _table(columns, lines)
+
+
+def ablations_table(results: dict[str, Any]) -> str:
+    """One line per variant of `benchmarks/refining_ablations.py`, means over the seeds."""
+    columns = "group | variant | exact match | loss | right at the last refresh"
+    lines: list[list[str]] = []
+    for group, variant in dict.fromkeys((row["group"], row["variant"]) for row in results["rows"]):
+        rows = [row for row in results["rows"] if (row["group"], row["variant"]) == (group, variant)]
+        match = [row["test_accuracy"] for row in rows]
+        right = [row["right_at_last_refresh"] for row in rows if row["right_at_last_refresh"] is not None]
+        cells = [f"{_mean(match):.3f} ({', '.join(f'{value:.3f}' for value in match)})"]
+        cells += [f"{_mean([row['test_loss'] for row in rows]):.3f}", f"{_mean(right):.0%}" if right else ""]
+        lines.append([f"`{group}`", variant, *cells])
     return _table(columns, lines)
 
 
@@ -318,7 +333,9 @@ def fill(text: str) -> str:
         name = match.group(1)
         makers = {
             "unlike": unlike_table,
-            "hypercleaning": hypercleaning_table,
+            "hypercleaning.accuracy": partial(hypercleaning_table, metric="accuracy_best", title="best accuracy"),
+            "hypercleaning.f1": partial(hypercleaning_table, metric="f1", title="F1"),
+            "refining_ablations": ablations_table,
             "demo": demo_table,
             "sigmorphon": sigmorphon_table,
             "refining": refining_table,
