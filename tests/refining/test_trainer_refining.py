@@ -22,6 +22,7 @@ from conftest import (
     token_ids,
     two_kinds,
     weighted_step,
+    worth,
 )
 from scripted import letters
 
@@ -30,7 +31,8 @@ from tamis.stream import as_row
 
 TRAIN, TRUSTED = pairs(7) + pairs(5, 50, wrong=True), pairs(4, 95)
 RIGHT, WRONG, LIKE_RIGHT = two_kinds("xy")
-KINDS = [*RIGHT[:6], *WRONG[:6]]  # a scout tells them apart
+# A scout tells them apart: p_right is 1 or 0.15. Between the ranks of twelve rows there is room for doubt.
+KINDS = [*RIGHT[:6], *WRONG[:6]]
 REFINING = {"refine_fraction": 0.5, "refine_start": 0, "refine_every": 2, "num_generations": 3, "max_new_tokens": 5}
 
 
@@ -342,7 +344,9 @@ def test_scores_of_original_responses_stay_those_that_the_scout_gave(bilevel, sc
     assert table["refined"] == [False] * 6 + [True] * 6, "the wrong rows"
     assert table["p_right"] == pytest.approx(torch.sigmoid(scores[0]).tolist(), abs=1e-6)
     assert table["kept"] == [True] * 6 + [False] * 6
-    assert sum(table["weight"][6:]) / sum(table["weight"]) < 0.01
+    weights = worth(torch.sigmoid(scores[0]))
+    assert table["weight"] == pytest.approx((weights / weights.mean()).tolist(), abs=1e-5)
+    assert sum(table["weight"][6:]) / sum(table["weight"]) < 0.03
     assert not torch.equal(row_weights.all_scores(), scores[0]), "the new responses have scores of their own"
 
 
@@ -373,7 +377,7 @@ def test_responses_are_visited_as_often_as_they_are_right(bilevel, script, tmp_p
         for i, refined in batch["refined"].items():
             right = [r.p_right for r in refined.responses if r.token_ids == token_ids("xx.")]
             wrong = [r.p_right for r in refined.responses if r.token_ids == token_ids("yy.")]
-            assert min(right) > 0.9 and max(wrong, default=0) < 0.1 and len(right) == (1 if step < 2 else 3)
+            assert min(right) > 0.9 and max(wrong, default=0) < 0.2 and len(right) == (1 if step < 2 else 3)
             assert i >= 6 and len(batch["refined"]) == 6
     assert torch.equal(visits[0], visits[1]) and torch.equal(visits[2], visits[3])
     assert (visits[0][6:] < 0.7).all() and (visits[2][6:] > 0.9).all(), "one of three, then all of them"
@@ -389,8 +393,8 @@ def test_the_visits_of_a_refresh_count_from_the_next_step_on(bilevel, script):
     seen = spy_on_steps(trainer)
     trainer.train()
     ids = [batch["rows"].training_ids for batch in seen]
-    assert max(ids[0] + ids[1]) < 6, "wrong rows have no visits"
-    assert max(ids[2]) >= 6 and seen[2]["refined"].keys() == set(range(6, 12))
+    assert sum(i >= 6 for i in ids[0] + ids[1]) <= 1, "a wrong row is hardly visited"
+    assert sum(i >= 6 for i in ids[2]) >= 2 and seen[2]["refined"].keys() == set(range(6, 12))
 
 
 def test_auto_refines_the_rows_that_are_rather_wrong(bilevel, script, tmp_path):
