@@ -76,6 +76,7 @@ def command_line(folder: Path, rows: Rows, model_dir: Path, *options: str) -> li
 
 def interrupt(command: list[str], run_dir: Path) -> int:
     """Start the command, press Ctrl-C once its metrics say that it trains, and return its exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would ours
     process = subprocess.Popen(command)
     while process.poll() is None:
         if (run_dir / "metrics.jsonl").is_file() and "training_loss" in (run_dir / "metrics.jsonl").read_text():
