@@ -91,20 +91,30 @@ def make_small_model(texts: list[str], model_dir: Path, num_steps: int, seed: in
     trainer.save_model()
 
 
+def train_command(files: dict[str, Path], model_dir: Path, output_dir: Path, *options: str) -> list[str]:
+    """`tamis train` as a user types it, in float32 on the CPU, for files as `write_files` names them."""
+    return [
+        *(str(Path(sys.executable).parent / "tamis"), "train", "--model_name_or_path", str(model_dir)),
+        *("--train_dataset", str(files["train"]), "--validation_dataset", str(files["validation"])),
+        *("--eval_dataset", str(files["eval"]), "--output_dir", str(output_dir), "--use_cpu", "--bf16", "false"),
+        *options,
+    ]
+
+
+def last_evaluation(run_dir: Path) -> dict[str, float]:
+    """The metrics of a run's last evaluation on held-out rows."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return next(record for record in map(json.loads, reversed(lines)) if "eval_loss" in record)
+
+
 def tamis_train(
     files: dict[str, Path], model_dir: Path, output_dir: Path, max_steps: int, *extra: str
 ) -> dict[str, float]:
     """Run the command as a user would; the metrics of its last evaluation."""
-    command = [
-        *(str(Path(sys.executable).parent / "tamis"), "train", "--model_name_or_path", str(model_dir)),
-        *("--train_dataset", str(files["train"]), "--validation_dataset", str(files["validation"])),
-        *("--eval_dataset", str(files["eval"]), "--output_dir", str(output_dir), "--max_steps", str(max_steps)),
-        *("--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--max_length", "192", "--use_cpu"),
-        *("--bf16", "false", "--activation_checkpointing", "false", "--report_to", "none", *extra),
-    ]
-    subprocess.run(command, check=True)
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return next(record for record in map(json.loads, reversed(lines)) if "eval_loss" in record)
+    options = ["--max_steps", str(max_steps), "--learning_rate", "1e-3", "--per_device_train_batch_size", "8"]
+    options += ["--max_length", "192", "--activation_checkpointing", "false", "--report_to", "none", *extra]
+    subprocess.run(train_command(files, model_dir, output_dir, *options), check=True)
+    return last_evaluation(output_dir)
 
 
 def fitted_with_labels(scores: np.ndarray, is_right: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ the model card, which knows transformers alone, generates an answer to each of t
 | `clinc_chat` | the same                                      | the same, with a chat template                      |
 | `alpaca`     | Alpaca's own columns, answers of 1 to 4 words | SmolLM2-135M-Instruct in 4 bits, LoRA (`llm_model`) |
 
-The Alpaca run is stopped by SIGINT half way and resumed; its exit status is in the results.
+The Alpaca run is stopped by SIGINT after its first logging step and resumed; its exit status is in the results.
 """
 
 import json
@@ -19,12 +19,20 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from common import DATA, finish, make_parser, make_small_model, skip_without_data
+from common import (
+    DATA,
+    finish,
+    last_evaluation,
+    make_parser,
+    make_small_model,
+    skip_without_data,
+    train_command,
+    write_files,
+)
 from llm_model import convert, skip_without_model
 from llm_rows import read_alpaca
 from transformers import AutoTokenizer
@@ -63,15 +71,6 @@ def alpaca_rows(rng: random.Random, is_quick: bool) -> Rows:
     sizes = (20, 8, 8) if is_quick else (300, 64, NUM_EVAL)
     bounds = (0, sizes[0], sum(sizes[:2]), sum(sizes))
     return {name: rows[bounds[i] : bounds[i + 1]] for i, name in enumerate(("train", "validation", "eval"))}
-
-
-def command_line(folder: Path, rows: Rows, model_dir: Path, *options: str) -> list[str]:
-    """The command of a user who has the three files."""
-    for name, part in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in part), encoding="utf-8")
-    files = [f"--{name}_dataset={folder / f'{name}.jsonl'}" for name in rows]
-    program = [str(Path(sys.executable).parent / "tamis"), "train", f"--model_name_or_path={model_dir}", *files]
-    return [*program, f"--output_dir={folder / 'run'}", "--use_cpu", "--bf16=false", *options]
 
 
 def interrupt(command: list[str], run_dir: Path) -> int:
@@ -129,21 +128,16 @@ def run_scenario(scenario: str, folder: Path, seed: int, is_quick: bool) -> dict
             tokenizer.save_pretrained(model_dir)
         options = ["--prompt_column=utterance", "--response_column=intent", "--learning_rate=1e-3"]
         options += ["--num_train_epochs=1" if is_quick else "--num_train_epochs=6"]
-    command = command_line(folder, rows, model_dir, f"--seed={seed}", *options)
+    command = train_command(write_files(rows, folder), model_dir, folder / "run", f"--seed={seed}", *options)
     if not (folder / "run/weights.parquet").is_file():
         if scenario == "alpaca":
             result["exit_status_of_interrupted_run"] = interrupt(command, folder / "run")
             command.append("--resume_from_checkpoint=last")
         subprocess.run(command, check=True)
-    lines = (folder / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics = next(record for record in map(json.loads, reversed(lines)) if "eval_loss" in record)
     answers = asked(folder / "run", rows["eval"])
     matches = [answer.strip() == row[column].strip() for answer, row in zip(answers, rows["eval"], strict=True)]
-    result |= {
-        "match_of_the_run": metrics["eval_teacher_forced_match"],
-        "match_of_the_card": sum(matches) / len(matches),
-    }
-    return result
+    by_run = last_evaluation(folder / "run")["eval_teacher_forced_match"]
+    return result | {"match_of_the_run": by_run, "match_of_the_card": sum(matches) / len(matches)}
 
 
 def main() -> None:

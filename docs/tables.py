@@ -33,6 +33,14 @@ def _table(columns: str, lines: list[list[str]]) -> str:
     return head + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _groups(rows: list[dict[str, Any]], *names: str) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    """The values that rows have under these names, in order of appearance, each with its rows."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(found.items())
+
+
 def demo_table(rows: list[dict[str, Any]]) -> str:
     """One line per method of `tamis demo`, of a group of variants the best."""
     num_variants = Counter(row["group"] for row in rows)
@@ -51,12 +59,9 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
 
 def shares_table(results: dict[str, Any]) -> str:
     """One line per share of wrong rows of `benchmarks/shares.py`, means over the seeds; of rivals the best variant."""
-    columns, lines = (
-        "wrong | trusted | mixing | SEAL | **tamis** | oracle | gap closed | right rows | AUROC | weight of wrong",
-        list[list[str]](),
-    )
-    for wrong in sorted({row["wrong"] for row in results["rows"]}):
-        rows = [row for row in results["rows"] if row["wrong"] == wrong]
+    columns = "wrong | trusted | mixing | SEAL | **tamis** | oracle | gap closed | right rows | AUROC | weight of wrong"
+    lines: list[list[str]] = []
+    for (wrong,), rows in sorted(_groups(results["rows"], "wrong")):
         tamis = [row for row in rows if row["method"] == "tamis"]
         best = [_mean_of_best(rows, prefix) for prefix in ("trusted rows", "mixing", "SEAL", "tamis", "oracle")]
         gaps = [row["gap_closure"] for row in tamis if row["gap_closure"] is not None]
@@ -78,8 +83,8 @@ def unlike_table(results: dict[str, Any]) -> str:
     columns = "wrong | method | exact match | loss | gap closed | AUROC"
     lines: list[list[str]] = []
     (seed,) = {row["seed"] for row in results["rows"]}
-    for wrong in sorted({row["wrong_share"] for row in results["rows"]}):
-        for row in best_variants([row for row in results["rows"] if row["wrong_share"] == wrong]):
+    for (wrong,), rows in sorted(_groups(results["rows"], "wrong_share")):
+        for row in best_variants(rows):
             assert row["seed"] == seed
             auroc = "" if row["selection_auroc"] is None else f"{row['selection_auroc']:.3f}"
             values = [f"{row['test_accuracy']:.3f}", f"{row['test_loss']:.3f}", f"{row['gap_closure']:.2f}", auroc]
@@ -93,10 +98,10 @@ def hypercleaning_table(results: dict[str, Any], metric: str, title: str) -> str
     redrawn = sorted({row["redrawn"] for row in results["rows"]})
     columns = " | ".join([title, *(f"{share:.0%}" for share in redrawn)])
     lines: list[list[str]] = []
-    for method in dict.fromkeys(row["method"] for row in results["rows"]):
+    for (method,), rows in _groups(results["rows"], "method"):
         cells = []
         for share in redrawn:
-            found = [row for row in results["rows"] if row["method"] == method and row["redrawn"] == share]
+            found = [row for row in rows if row["redrawn"] == share]
             values = [row[metric] for row in found if row.get(metric) is not None]
             cells.append(f"{_mean(values):.4f} ± {statistics.stdev(values):.4f}" if values else "")
         if any(cells):
@@ -106,12 +111,9 @@ def hypercleaning_table(results: dict[str, Any], metric: str, title: str) -> str
 
 def sigmorphon_table(results: dict[str, Any]) -> str:
     """One line per seed of `benchmarks/sigmorphon.py`; of mixing and SEAL the best variant."""
-    columns, lines = (
-        "seed | plain | trusted | mixing | SEAL | **tamis** | oracle | gap closed | gap closed, loss | AUROC",
-        list[list[str]](),
-    )
-    for seed in sorted({row["seed"] for row in results["rows"]}):
-        rows = [row for row in results["rows"] if row["seed"] == seed]
+    columns = "seed | plain | trusted | mixing | SEAL | **tamis** | oracle | gap closed | gap closed, loss | AUROC"
+    lines: list[list[str]] = []
+    for (seed,), rows in sorted(_groups(results["rows"], "seed")):
         (tamis,) = [row for row in rows if row["method"] == "tamis"]
         shown = ("plain SFT", "trusted rows", "mixing", "SEAL", "tamis", "oracle")
         best = [_mean_of_best(rows, prefix) for prefix in shown]
@@ -123,13 +125,10 @@ def sigmorphon_table(results: dict[str, Any]) -> str:
 
 def refining_table(results: dict[str, Any]) -> str:
     """One line per scenario and seed of `benchmarks/refining.py`: exact match and loss."""
-    columns, lines = (
-        "task | seed | trusted | mixing | selection alone | with refining | oracle | extra gap closed, loss",
-        list[list[str]](),
-    )
-    for scenario, seed in dict.fromkeys((row["scenario"], row["seed"]) for row in results["rows"]):
-        shown = best_variants([row for row in results["rows"] if (row["scenario"], row["seed"]) == (scenario, seed)])
-        found = {row["group"]: row for row in shown}
+    columns = "task | seed | trusted | mixing | selection alone | with refining | oracle | extra gap closed, loss"
+    lines: list[list[str]] = []
+    for (scenario, seed), rows in _groups(results["rows"], "scenario", "seed"):
+        found = {row["group"]: row for row in best_variants(rows)}
         offline, online = found["tamis"], found["tamis, refining"]
         names = ("trusted rows alone", "direct mixing", "tamis", "tamis, refining", "oracle (right rows)")
         cells = [f"{found[name]['test_accuracy']:.3f} / {found[name]['test_loss']:.3f}" for name in names]
@@ -142,8 +141,7 @@ def ablations_table(results: dict[str, Any]) -> str:
     """One line per variant of `benchmarks/refining_ablations.py`, means over the seeds."""
     columns = "group | variant | exact match | loss | right at the last refresh"
     lines: list[list[str]] = []
-    for group, variant in dict.fromkeys((row["group"], row["variant"]) for row in results["rows"]):
-        rows = [row for row in results["rows"] if (row["group"], row["variant"]) == (group, variant)]
+    for (group, variant), rows in _groups(results["rows"], "group", "variant"):
         match = [row["test_accuracy"] for row in rows]
         right = [row["right_at_last_refresh"] for row in rows if row["right_at_last_refresh"] is not None]
         cells = [f"{_mean(match):.3f} ({', '.join(f'{value:.3f}' for value in match)})"]
@@ -156,8 +154,7 @@ def scouting_table(results: dict[str, Any]) -> str:
     """One line per base model of `benchmarks/scouting.py`; one value per seed."""
     columns = "task | pretraining steps | AUROC | believed | kept rows | wrong among them"
     lines: list[list[str]] = []
-    for scenario, steps in dict.fromkeys((row["scenario"], row["pretrain_steps"]) for row in results["rows"]):
-        rows = [r for r in results["rows"] if (r["scenario"], r["pretrain_steps"]) == (scenario, steps)]
+    for (scenario, steps), rows in _groups(results["rows"], "scenario", "pretrain_steps"):
         cells = [
             ", ".join(f"{row['selection_auroc']:.3f}" for row in rows),
             f"{sum(row['is_believed'] for row in rows)} of {len(rows)}",
@@ -169,10 +166,8 @@ def scouting_table(results: dict[str, Any]) -> str:
 
 def llm_scouting_table(results: dict[str, Any]) -> str:
     """One line per data set and seed of `benchmarks/llm.py`: what the scout found, beside truth and simpler scores."""
-    columns, lines = (
-        "rows | belief | AUROC of p_right | expected | AUROC of scores | of base loss | of length | right rows",
-        list[list[str]](),
-    )
+    columns = "rows | belief | AUROC of p_right | expected | AUROC of scores | of base loss | of length | right rows"
+    lines: list[list[str]] = []
     for row in results["rows"]:
         if row["method"] == "tamis":
             expected = f"{row['expected_auroc']:.3f}" if row["is_believed"] else ""
@@ -187,8 +182,7 @@ def llm_losses_table(results: dict[str, Any]) -> str:
     """One line per data set and seed of `benchmarks/llm.py`: held-out losses, and tamis less the better mixing."""
     columns = "rows | base model | trusted | mixing | **tamis** | tamis less mixing"
     lines: list[list[str]] = []
-    for dataset, seed in dict.fromkeys((row["dataset"], row["seed"]) for row in results["rows"]):
-        rows = [row for row in results["rows"] if (row["dataset"], row["seed"]) == (dataset, seed)]
+    for (dataset, _), rows in _groups(results["rows"], "dataset", "seed"):
         found: dict[str, dict[str, Any]] = {}
         for row in rows:
             found[row["group"]] = min(found.get(row["group"], row), row, key=lambda row: row["test_loss"])
@@ -249,10 +243,8 @@ def _truth_and_error(pairs: list[tuple[Any, Any]]) -> tuple[str, str]:
 
 def theory_solutions_table(results: dict[str, Any]) -> str:
     """One line per method on the separable problem of `benchmarks/theory.py`."""
-    columns, lines = (
-        "method | weight of useless rows | validation loss | loss of useful rows | model",
-        list[list[str]](),
-    )
+    columns = "method | weight of useless rows | validation loss | loss of useful rows | model"
+    lines: list[list[str]] = []
     for row in _part(results, "solutions"):
         share = "" if row["useless_share"] is None else _small(row["useless_share"])
         model = f"({row['theta_0']:.3f}, {row['theta_1']:.3f})"
@@ -277,10 +269,10 @@ def theory_posterior_table(results: dict[str, Any]) -> str:
     shares = sorted({row["share_right"] for row in rows})
     columns = " | ".join(["scores", *(f"{share:.0%}" for share in shares)])
     lines: list[list[str]] = []
-    for problem in dict.fromkeys(row["problem"] for row in rows):
+    for (problem,), same in _groups(rows, "problem"):
         cells = []
         for share in shares:
-            found = [row for row in rows if (row["problem"], row["share_right"]) == (problem, share)]
+            found = [row for row in same if row["share_right"] == share]
             estimate, error = (_mean([row[n] for row in found]) for n in ("estimated_share_right", "posterior_error"))
             cells.append(f"{estimate:.3f} ({error:.3f})")
         lines.append([problem, *cells])
@@ -293,8 +285,8 @@ def theory_weights_table(results: dict[str, Any]) -> str:
     rules = [rule for rule in dict.fromkeys(row["method"] for row in rows) if rule != "best"]
     columns = " | ".join(["mistakes", "noise", *rules])
     lines: list[list[str]] = []
-    for mistakes, noise in dict.fromkeys((row["problem"], row["noise"]) for row in rows):
-        found = {r["method"]: r["error"] for r in rows if (r["problem"], r["noise"]) == (mistakes, noise)}
+    for (mistakes, noise), same in _groups(rows, "problem", "noise"):
+        found = {row["method"]: row["error"] for row in same}
         lines.append([mistakes, f"{noise:g}", *(f"{found[rule]:.2f}" for rule in rules)])
     return _table(columns, lines)
 

@@ -45,10 +45,11 @@ def report_merged(role: str, rows: Dataset, prepared: Dataset, tokenizer: Any) -
     """
     if not _has_text_prompts(rows) or "labels" not in prepared.column_names or not len(prepared):
         return
+    rows, prepared = rows.with_format(None), prepared.with_format(None)
     num_merged, shown = 0, ""
     for start in range(0, len(prepared), _NUM_ROWS):
-        part = prepared.with_format(None)[start : start + _NUM_ROWS]
-        prompts = rows.with_format(None)[part["example_id"]]["prompt"]
+        part = prepared[start : start + _NUM_ROWS]
+        prompts = rows[part["example_id"]]["prompt"]
         for ids, labels, prompt, length in zip(
             tokenizer(prompts)["input_ids"], part["labels"], prompts, part["num_tokens"], strict=True
         ):

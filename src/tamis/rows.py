@@ -22,8 +22,8 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-# Columns that belong to a prompt beside the prompt itself; `tamis.prompts` puts them in.
 TEXT_FORMATS = (("prompt", "completion"), ("messages",), ("text",))  # of TRL, by their columns
+# Columns that belong to a prompt beside the prompt itself; `tamis.prompts` puts them in.
 PROMPT_PARTS = ("prompt_input", "system", "history", "tools")
 MIXED = "text and lists of messages are mixed. Give all prompts and responses one form"
 BATCH_SIZE = 10_000

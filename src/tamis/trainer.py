@@ -140,8 +140,7 @@ class BilevelTrainer(RowEvaluation):
             datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)
         self._fingerprints = {role: fingerprint(hashes[role]) for role in datasets}
-        if "validation_dataset" in datasets:
-            role = "validation_dataset"
+        if (role := "validation_dataset") in datasets:
             datasets[role] = without_repeats(datasets[role], hashes[role], role)
         refuse_unreachable(model, args)
         self.prompts = Prompts(prompt_template, args, datasets, model, kwargs.get("processing_class"))
