@@ -78,6 +78,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         if isinstance(self.train_dataset, str):  # in a YAML file one source needs no list
             self.train_dataset = [self.train_dataset]
+        if not isinstance(self.train_dataset, list) or not all(isinstance(name, str) for name in self.train_dataset):
+            raise ValueError(f"`train_dataset` takes names of files or data sets, got {self.train_dataset!r}")
+        if not self.train_dataset:
+            raise ValueError("no training rows: give `train_dataset`")
 
     def load(self, skipped: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """The datasets that were named, checked, by the names that `BilevelTrainer` takes them under.
