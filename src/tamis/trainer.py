@@ -30,24 +30,13 @@ from tamis.evaluation import RowEvaluation
 from tamis.forms import has_customary_columns
 from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets, without_repeats
-from tamis.lengths import report_dropped, report_truncated, with_num_tokens
+from tamis.lengths import check_lengths, with_num_tokens
 from tamis.losses import fused_forward, stop_if_not_finite
-from tamis.output_dir import (
-    announce_users_files,
-    claimed,
-    refuse_earlier_run,
-    remove_earlier_run,
-    users_card_kept,
-)
+from tamis.output_dir import announce_users_files, claimed, refuse_earlier_run, remove_earlier_run, users_card_kept
 from tamis.prerequisites import refuse_unreachable
 from tamis.prompts import Prompts, check_template
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
-from tamis.rows import (
-    attach_example_ids,
-    fingerprint,
-    row_name,
-    row_table,
-)
+from tamis.rows import attach_example_ids, fingerprint, row_name, row_table
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
 from tamis.trl_options import refuse_arguments, refuse_parallelism
@@ -168,8 +157,7 @@ class BilevelTrainer(RowEvaluation):
         prepared = {"train_dataset": self.train_dataset, "validation_dataset": self.validation_dataset}
         for role, dataset in (prepared | held_out_datasets(self.eval_dataset)).items():
             if dataset is not None:
-                report_dropped(role, datasets[role], dataset, args.max_length)
-                report_truncated(role, datasets[role], dataset, args.max_length)
+                check_lengths(role, datasets[role], dataset, args.max_length, self.model.config.get_text_config())
                 report_merged(role, datasets[role], dataset, self._tokenizer)
         rows = PreparedRows(self.train_dataset)
         validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
