@@ -82,7 +82,7 @@ def test_no_steps_give_the_model_as_it_was(train, tmp_path, model_dir):
 def test_overwriting_must_be_asked_for(train, tmp_path, capfd):
     assert train(*STATIC, "--max_steps", "2") == 0
     assert train(*STATIC, "--max_steps", "1") == 2
-    assert "--overwrite_output_dir True" in capfd.readouterr().err
+    assert capfd.readouterr().err.endswith("or replace it with --overwrite_output_dir\n")
     assert train(*STATIC, "--max_steps", "1", "--overwrite_output_dir") == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["max_steps"] == 1 and "overwrite_output_dir" not in config, "a replay does not overwrite"
