@@ -151,7 +151,8 @@ def _asked(trainer: Any) -> tuple[str, Any]:
 
 def max_new_tokens(trainer: Any, num_prompt_tokens: int) -> int:
     """Enough for an answer, within what the model can read; half of that where the prompt is not known yet (0)."""
-    num_positions = getattr(trainer.accelerator.unwrap_model(trainer.model).config, "max_position_embeddings", None)
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    num_positions: int | None = getattr(config, "max_position_embeddings", None)
     if num_positions is None:
         return MAX_NEW_TOKENS
     return max(1, min(MAX_NEW_TOKENS, num_positions // 2, num_positions - num_prompt_tokens))

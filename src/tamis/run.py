@@ -170,7 +170,7 @@ def train(
         shows_row: print the first training row to stderr, as the model sees it.
 
     Raises:
-        ValueError: an input cannot work; see `tamis.data`, `tamis.rows` and `BilevelConfig.check`.
+        ValueError: an input cannot work; see `tamis.data`, `tamis.rows` and `tamis.checks`.
         NonFiniteLossError: see `BilevelTrainer`.
         Stopped: by a signal.
     """

@@ -25,6 +25,7 @@ from transformers.trainer_utils import TrainOutput
 from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
 from tamis.boundaries import one_warning, report_merged
+from tamis.checks import check_available, check_settings
 from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
 from tamis.forms import has_customary_columns
@@ -40,7 +41,7 @@ from tamis.rows import attach_example_ids, fingerprint, row_name, row_table
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
 from tamis.trl_options import refuse_arguments, refuse_parallelism
-from tamis.weighting import RowWeighting, check_available
+from tamis.weighting import RowWeighting
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class BilevelTrainer(RowEvaluation):
         datasets = named_datasets(train_dataset, validation_dataset, eval_dataset, formatting_func)
         train_dataset = datasets["train_dataset"]
         has_validation, has_weight = validation_dataset is not None, "weight" in train_dataset.column_names
-        args.check(has_validation=has_validation, has_weight=has_weight, selector=selector)
+        check_settings(args, has_validation=has_validation, has_weight=has_weight, selector=selector)
         self.resolved = args.resolve(selector, has_validation=has_validation)
         if not args.uses_validation(selector):
             datasets.pop("validation_dataset", None)
