@@ -109,6 +109,7 @@ class RowWeighting:
         self._step = 0
         self._window: list[tuple[Tensor, ...]] = []
         self._refresh_metrics: dict[str, float] = {}
+        self._is_short_of_responses = False
 
     def _make_scout(self) -> Scout | None:
         """None where no row is scored before training, and no generated response is compared with the base model."""
@@ -255,7 +256,8 @@ class RowWeighting:
             refiner.last_refresh = step
             return
         logger.info(refiner.summary(step))
-        if len(refiner.buffer.rows) < len(records) / 2:
+        if len(refiner.buffer.rows) < len(records) / 2 and not self._is_short_of_responses:
+            self._is_short_of_responses = True  # said once
             logger.warning(
                 "most rows got no usable response: raise `max_new_tokens`, or see to it that the model ends its "
                 "responses (`eos_token`)"
