@@ -9,6 +9,7 @@ from conftest import PLAIN, message_of, pairs
 from datasets import Dataset
 
 from tamis import BilevelConfig, BilevelTrainer
+from tamis.checks import check_settings
 from tamis.parser import make_train_parser
 from tamis.selection.selectors import BmoSelector
 
@@ -18,7 +19,7 @@ def config(tmp_path, **settings) -> BilevelConfig:
 
 
 def check(config, *, has_validation=True, has_weight=False) -> None:
-    config.check(has_validation=has_validation, has_weight=has_weight)
+    check_settings(config, has_validation=has_validation, has_weight=has_weight)
 
 
 @pytest.mark.parametrize(

@@ -264,11 +264,21 @@ def test_hub_failure_is_one_line(monkeypatch, name):
         raise ConnectionError("Couldn't reach the hub.\nsecond line")
 
     monkeypatch.setattr("tamis.data.load_dataset", load_dataset)
+    monkeypatch.setattr("tamis.data.HfApi.dataset_info", lambda *args, **kwargs: None)
     text = message_of(lambda: load(name))
     assert text.startswith(
         f"{name}: no such file or folder, nor a hub data set with split 'train'; check `train_dataset` ("
     )
     assert text.endswith("(ConnectionError: Couldn't reach the hub).")
+
+
+def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch):
+    def dataset_info(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("tamis.data.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr("tamis.data.load_dataset", lambda *args, **kwargs: 1 / 0)
+    assert message_of(lambda: load("train")).endswith("check `train_dataset` (ConnectionError: no network).")
 
 
 def test_hub_name_with_config(monkeypatch):
@@ -279,6 +289,7 @@ def test_hub_name_with_config(monkeypatch):
         return Dataset.from_list(QA)
 
     monkeypatch.setattr("tamis.data.load_dataset", load_dataset)
+    monkeypatch.setattr("tamis.data.HfApi.dataset_info", lambda *args, **kwargs: None)
     rows = load("openai/gsm8k:main", split="test")
     assert seen == [(("openai/gsm8k", "main"), {"split": "test"})]
     assert rows["source"][:] == ["openai/gsm8k:main"] * 2
@@ -325,7 +336,7 @@ def test_broken_files(tmp_path, name, content, expected):
 
 
 def test_folder_without_data(tmp_path):
-    assert "the folder cannot be read" in message_of(lambda: load(tmp_path))
+    assert "the folder has no files of rows. Give it some, of .json" in message_of(lambda: load(tmp_path))
 
 
 def test_damaged_saved_data_set(tmp_path):

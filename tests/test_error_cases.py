@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import pairs, write_jsonl
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tamis.cli import main
 
@@ -56,7 +57,7 @@ def error_of(capfd) -> str:
 # Options, and what the line says.
 OPTIONS = [
     # the parser
-    ("--lerning_rate 1", "unknown option --lerning_rate; did you mean --learning_rate?"),
+    ("--lerning_rate 1", "unknown option --lerning_rate; did you mean --learning_rate? See tamis train --help"),
     ("--lr 1", "unknown option --lr. See tamis train --help"),
     ("--model m", "unknown option --model; did you mean --model_name_or_path?"),
     ("--batch_size 4", "unknown option --batch_size; did you mean --per_device_train_batch_size?"),
@@ -83,6 +84,7 @@ OPTIONS = [
     ("--config none.yaml", "none.yaml: no such file. Check --config"),
     ("--config=none.yaml", "none.yaml: no such file. Check --config"),
     ("--config .", ".: no such file. Check --config"),
+    ("--config a.yaml --config b.yaml", "--config is given twice. Put the settings into one YAML file"),
     # numbers
     ("--per_device_train_batch_size 0", "per_device_train_batch_size must be at least 1, got 0"),
     ("--per_device_eval_batch_size 0", "per_device_eval_batch_size must be at least 1, got 0"),
@@ -145,6 +147,7 @@ OPTIONS = [
     ("--push_to_hub", "--push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN"),
     ("--output_dir train.jsonl", "train.jsonl is a file: choose another --output_dir"),
     ("--output_dir train.jsonl/run", "train.jsonl is a file: choose another --output_dir"),
+    ("--output_dir=", "--output_dir is empty: name a folder"),
     # the model
     ("--model_name_or_path ./none", "./none: no such folder. Check --model_name_or_path"),
     ("--model_name_or_path /none", "/none: no such folder"),
@@ -157,17 +160,26 @@ OPTIONS = [
     ("--model_name_or_path a--b", "'a--b': no such folder, nor a name that the hub could have"),
     ("--model_name_or_path org/name", "org/name: no such folder, and the hub cannot be reached"),
     ("--model_name_or_path name", "name: no such folder, and the hub cannot be reached"),
-    ("--model_name_or_path empty", "the config file at 'empty/config.json' is not a valid JSON file"),
-    ("--model_name_or_path broken", "Unrecognized processing class in broken"),
+    ("--model_name_or_path empty", "empty/config.json' is not a valid JSON file"),
+    ("--model_name_or_path broken", "broken. Can't instantiate"),
     ("--model_name_or_path torn", "a file of the model cannot be read"),
-    ("--model_name_or_path mute", "Unrecognized processing class in mute"),
+    ("--model_name_or_path mute", "mute. Can't instantiate a processor, a tokenizer"),
     # which rows
     ("--train_dataset none.jsonl", "none.jsonl: no such file or folder. Check --train_dataset"),
     ("--validation_dataset none.jsonl", "none.jsonl: no such file or folder. Check --validation_dataset"),
     ("--eval_dataset ./none", "./none: no such file or folder. Check --eval_dataset"),
     ("--train_dataset model/config.txt", "no such file or folder"),
     ("--train_dataset notes.txt", "notes.txt: unknown kind of file"),
-    ("--train_dataset data", "data"),
+    ("--train_dataset data", "data: the folder has no files of rows. Give it some, of .json"),
+    ("--train_dataset train.jsonl ./train.jsonl", "./train.jsonl: named twice in train_dataset. Name it once"),
+    ("--train_dataset latin.csv", "latin.csv: cannot be read as UTF-8 text; convert it, or check that it is whole ("),
+    ("--train_dataset=", "no such file or folder. Check --train_dataset"),
+    ("--train_dataset", "--train_dataset: expected at least one argument"),
+    ("--train_dataset train", "train: no such file or folder, nor a hub data set"),
+    (
+        "--train_dataset train.jsonl --source_weights -1",
+        "the weight -1.0 is not a finite number >= 0. Correct --source",
+    ),
     ("--prompt_column q", "--prompt_column and --response_column go together"),
     ("--prompt_column q --response_column a", 'there is no column "q"'),
     ("--weight_column w --selector column", 'there is no column "w"'),
@@ -181,6 +193,7 @@ OPTIONS = [
 def test_options_that_cannot_work(options, message, folder, model_dir, monkeypatch, capfd):
     monkeypatch.setattr("tamis.prerequisites.find_spec", lambda module: None)  # as on a machine without extras
     monkeypatch.setattr("tamis.prerequisites.HfApi.model_info", unreachable)
+    monkeypatch.setattr("tamis.data.HfApi.dataset_info", unreachable)
     make_things_to_trip_over(folder, Path(model_dir))
     assert run(options.split()) == 2
     assert message in error_of(capfd)
@@ -195,6 +208,7 @@ def make_things_to_trip_over(folder, model_dir):
     for name in ("data", "empty", "broken", "torn", "mute", "parted"):
         (folder / name).mkdir()
     (folder / "notes.txt").write_text("x")
+    (folder / "latin.csv").write_bytes("prompt,completion\n1=,\xe9\n".encode("latin-1"))
     for split in ("train", "test"):
         write_jsonl(folder / "parted" / f"{split}.jsonl", pairs(2))
     write_jsonl(folder / "chat.jsonl", [{"messages": CHAT}] * 4)
@@ -213,6 +227,12 @@ YAML = [
     ("train-dataset: x", "run.yaml: unknown key 'train-dataset'; did you mean train_dataset?"),
     ("model: x", "run.yaml: unknown key 'model'; did you mean model_name_or_path?"),
     ("zzz: 1", "run.yaml: unknown key 'zzz'. Correct it"),
+    ("config: a", "run.yaml: unknown key 'config'; did you mean liger_kernel_config?"),
+    ("learning_rate:", "run.yaml: learning_rate has no value. Give it one, or remove the line"),
+    ("selector: null", "run.yaml: selector has no value"),
+    ("train_dataset:", "run.yaml: train_dataset has no value"),
+    ("model_name_or_path: [a]", "run.yaml: model_name_or_path takes one value, got ['a']"),
+    ("eval_dataset: {a: b}", "run.yaml: eval_dataset takes one value"),
     ("learning_rate: [1, 2]", "run.yaml: learning_rate takes one value, got [1, 2]"),
     ("max_steps: {a: 1}", "run.yaml: max_steps takes one value"),
     ("max_length: long", "--max_length: invalid int value: 'long'"),
@@ -232,6 +252,21 @@ YAML = [
 def test_yaml_that_cannot_work(text, message, folder, capfd):
     (folder / "run.yaml").write_text(text)
     assert run(["--config", "run.yaml"]) == 2
+    assert message in error_of(capfd)
+
+
+# What a YAML file holds in the place of training rows.
+TRAIN_DATASETS = [
+    ("train_dataset: 3", "--train_dataset takes names of files or data sets, got [3]"),
+    ("train_dataset: {a: b}", "--train_dataset takes names of files or data sets, got {'a': 'b'}"),
+    ("train_dataset: []", "no training rows: give --train_dataset"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), TRAIN_DATASETS, ids=[text for text, _ in TRAIN_DATASETS])
+def test_yaml_without_training_rows(text, message, folder, capfd):
+    (folder / "run.yaml").write_text(text)
+    assert run(["--config", "run.yaml"], without=["--train_dataset"]) == 2
     assert message in error_of(capfd)
 
 
@@ -357,6 +392,44 @@ def test_a_template_that_fails_on_what_a_later_row_says(folder, model_dir, capfd
         write_jsonl(folder / f"{name}.jsonl", rows + (odd if name == "train" else []))
     assert run([], without=["--eval_dataset"]) == 2
     assert "the chat template cannot render a row (TemplateError: odd)" in error_of(capfd)
+
+
+def test_rows_beyond_the_positions_of_a_model_that_has_learned_them(folder, model_dir, capfd):
+    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(model_dir) / name, folder / "gpt2")
+    options = ["--model_name_or_path", "gpt2", "--prompt_template", "plain", "--max_length", "40"]
+    write_jsonl(folder / "eval.jsonl", [{"prompt": "1" * 13, "completion": "2"}])  # an answer has room for three tokens
+    assert run(options) == 0
+    assert "ANSWER = " in (folder / "run" / "inference_example.py").read_text()
+    write_jsonl(folder / "train.jsonl", [*pairs(6), {"prompt": "1=", "completion": "a" * 50}])
+    capfd.readouterr()
+    assert run([*options, "--overwrite_output_dir"]) == 2
+    assert error_of(capfd).endswith(
+        "train_dataset: the longest row has 40 tokens, and the model 16 positions: set --max_length 16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("none", "none: no such folder. Give a checkpoint, or 'last', to --resume_from_checkpoint"),
+        ("model", "model has no tamis.safetensors: it was written with --save_only_model or not by tamis"),
+        ("last", "run holds no complete checkpoint to resume from: leave --resume_from_checkpoint out, and set"),
+    ],
+)
+def test_checkpoints_that_are_not_there(checkpoint, message, folder, capfd):
+    assert run(["--resume_from_checkpoint", checkpoint]) == 2
+    assert message in error_of(capfd)
+    assert not any((folder / "run").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to(folder, monkeypatch, capfd):
+    (folder / "locked").mkdir()
+    monkeypatch.setattr("tamis.prerequisites.os.access", lambda path, mode: "locked" not in str(path))
+    assert run(["--output_dir", "locked/run"]) == 2
+    assert "locked cannot be written to: choose another --output_dir" in error_of(capfd)
 
 
 def warnings_of(capfd) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -70,13 +71,14 @@ LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "up_proj", "d
 
 
 @pytest.mark.parametrize(("template", "extra"), [("chat", []), ("plain", []), ("alpaca", []), ("chat", LORA)])
-def test_the_example_and_the_card_ask_as_training_did(base_models, tmp_path, capfd, template, extra):
+def test_the_example_and_the_card_ask_as_training_did(base_models, tmp_path, monkeypatch, capfd, template, extra):
     """The answer to x's is a, to y's it is b; no held-out row is as long as a training row."""
     train, held_out = (
         [{"question": letter * n, "answer": answer} for n in lengths for letter, answer in ("xa", "yb")]
         for lengths in (range(1, 20, 2), range(2, 20, 4))
     )
-    run, model = tmp_path / "run", base_models["plain" if template == "alpaca" else template]
+    monkeypatch.chdir(tmp_path)
+    run, model = tmp_path / "run", Path(base_models["plain" if template == "alpaca" else template]).name
     files = ["--train_dataset", write_jsonl(tmp_path / "t.jsonl", train)]
     files += ["--eval_dataset", write_jsonl(tmp_path / "e.jsonl", held_out[1:]), "--output_dir", str(run)]
     arguments = ["train", "--model_name_or_path", model, *files, *SETTINGS, *extra]
@@ -85,6 +87,7 @@ def test_the_example_and_the_card_ask_as_training_did(base_models, tmp_path, cap
     output = capfd.readouterr()
     assert output.err.count("first row (t.jsonl, row 0") == 1 and "⟦a <eos>⟧" in output.err
 
+    monkeypatch.chdir("/")  # it runs from anywhere, with an adapter too
     found = answer_of(run / "inference_example.py", capfd)
     assert repr(found.strip()) in (run / "inference_example.py").read_text(encoding="utf-8"), "as the run"
     card = (run / "README.md").read_text(encoding="utf-8")

@@ -82,7 +82,7 @@ def test_no_steps_give_the_model_as_it_was(train, tmp_path, model_dir):
 def test_overwriting_must_be_asked_for(train, tmp_path, capfd):
     assert train(*STATIC, "--max_steps", "2") == 0
     assert train(*STATIC, "--max_steps", "1") == 2
-    assert "--overwrite_output_dir True" in capfd.readouterr().err
+    assert capfd.readouterr().err.endswith("or replace it with --overwrite_output_dir\n")
     assert train(*STATIC, "--max_steps", "1", "--overwrite_output_dir") == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["max_steps"] == 1 and "overwrite_output_dir" not in config, "a replay does not overwrite"
@@ -106,3 +106,17 @@ def test_static_selectors_need_no_trusted_rows_and_no_rho(train, tmp_path, caplo
 def test_a_rho_that_was_given_needs_trusted_rows(train, capfd):
     assert train("--selector", "none", "--rho", "0.3") == 2
     assert "rho=0.3" in capfd.readouterr().err
+
+
+def test_settings_of_adapters_without_an_adapter_are_warned_of(train, caplog):
+    assert train(*STATIC, "--max_steps", "1", "--lora_r", "8", "--bnb_4bit_quant_type", "fp4") == 0
+    assert "lora_r is set but has no effect: use_peft is not set" in caplog.text
+    assert "bnb_4bit_quant_type is set but has no effect: load_in_4bit is not set" in caplog.text
+    assert caplog.text.count("has no effect") == 2
+
+
+def test_responses_that_do_not_end_are_warned_of_once(train, caplog):
+    refining = ["--refine_fraction", "1", "--refine_policy", "random", "--refine_every", "1", "--max_new_tokens", "1"]
+    assert train(*STATIC, *refining, "--max_steps", "3") == 0
+    assert caplog.text.count("rows train on new responses") == 3
+    assert caplog.text.count("most rows got no usable response: raise `max_new_tokens`") == 1

@@ -23,6 +23,7 @@ OF_THE_COMMAND_LINE = {"cli.py", "parser.py", "errors.py", "run.py", "stopping.p
         ("raise `max_length`", "raise --max_length"),
         ("choose `selector='none'`, or set `refine_fraction=0`", "choose --selector none, or set --refine_fraction 0"),
         ("set `packing=False`.", "set --packing False."),
+        ("or set `overwrite_output_dir=True`", "or set --overwrite_output_dir"),
         ("`trl vllm-serve` and ``2`` stay", "`trl vllm-serve` and ``2`` stay"),
     ],
 )

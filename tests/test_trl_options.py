@@ -16,6 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, ProcessorMixin, Trai
 from trl import SFTConfig, SFTTrainer
 
 from tamis import BilevelConfig, BilevelTrainer
+from tamis.checks import check_settings
 
 # --- the verdicts on SFTConfig ----------------------------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ def config(tmp_path, **settings) -> BilevelConfig:
 
 
 def check(args: BilevelConfig) -> None:
-    args.check(has_validation=True, has_weight=False)
+    check_settings(args, has_validation=True, has_weight=False)
 
 
 def test_there_is_a_verdict_on_every_option():

@@ -1,20 +1,16 @@
 """Settings of a run: `BilevelConfig`, an `SFTConfig` with the fields of tamis.
 
 Each field's help text is its documentation, for `tamis train --help` and for `help(BilevelConfig)`. What is left open
-is filled in by `BilevelConfig.resolve`; what cannot work is refused by `BilevelConfig.check`, before a model is loaded.
+is filled in by `BilevelConfig.resolve`; what cannot work is refused by `tamis.checks`, before a model is loaded.
 """
 
-import logging
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from trl import SFTConfig
 
-from tamis.settings import as_number, choices_of, given_fields, setting, warn_without_effect
-from tamis.trl_options import NO_EFFECT, given_loader_settings, is_sharded, refuse_options
-
-logger = logging.getLogger(__name__)
+from tamis.settings import as_number, given_fields, setting
 
 # Scouts are tried at these multiples of the learning rate: no single one ranks best everywhere (LOG.md).
 SCOUT_LEARNING_RATE_RATIOS = (0.15, 0.5, 1.5)
@@ -287,144 +283,10 @@ class BilevelConfig(SFTConfig):
         """Whether validation rows take any part in the run: in its steps or in scouting."""
         return self.trains_on_validation or self.scouts(selector)
 
-    # --- what cannot work -------------------------------------------------------------------------------------------
 
-    def check(self, *, has_validation: bool, has_weight: bool, selector: SelectorTraits | None = None) -> None:
-        """Refuse what cannot work and warn of what has no effect, before any model is loaded.
-
-        Args:
-            has_validation: whether there are validation rows.
-            has_weight: whether the training rows have a column ``weight``.
-            selector: an instance that takes the place of the name in the field `selector`.
-
-        Raises:
-            ValueError: with the field and the remedy.
-        """
-        self._refuse_bad_values()
-        refuse_options(self)
-        name = f"'{self.selector}'" if selector is None else type(selector).__name__
-        is_static = self.selector in ("column", "none") if selector is None else not selector.uses_excess
-        if not is_static and not has_validation:
-            raise ValueError(
-                f"selector {name} needs validation rows: give `validation_dataset`, or choose "
-                "`selector='column'` (weights from a column) or `selector='none'` (every row counts the same)"
-            )
-        if (self.rho or self.rho_start) and not has_validation:
-            raise ValueError(
-                f"rho={self.rho}, rho_start={self.rho_start} weigh the validation rows, but `validation_dataset` is "
-                "missing: give it, or leave `rho` and `rho_start` out"
-            )
-        if self.rho is None and self.rho_start is not None and self.scouts(selector):
-            raise ValueError("rho_start goes to a rho that the scout chooses: set `rho` too")
-        if self.refine_fraction == "auto" and not self.scouts(selector):
-            raise ValueError(
-                f"refine_fraction 'auto' is the share of rows that a scout thinks wrong, and selector {name} sends "
-                "none: give a number, or choose `selector='scout'`"
-            )
-        if selector is None and self.selector == "column" and not has_weight:
-            raise ValueError(
-                "selector 'column' reads a column 'weight' of the training rows: name it by `weight_column`, "
-                "or rename it"
-            )
-        if self.refine_fraction == "auto" and self.refine_policy == "random":
-            raise ValueError(
-                "refine_fraction 'auto' picks the rows that are likely wrong, not random ones: give a number"
-            )
-        if self.refines and self.refine_policy == "lowest" and selector is None and self.selector == "none":
-            raise ValueError(
-                "selector 'none' gives all rows one weight: there is no lowest. Set `refine_policy='random'`"
-            )
-        self._refuse_pairs(is_static, selector)
-        given = [*self.given_settings, *given_loader_settings(self)]
-        given += ["validation_dataset"] if has_validation else []
-        warn_without_effect(given, self._inactive(name, is_static, selector) | NO_EFFECT)
-        if self.push_to_hub:
-            rows = ", and refinements.parquet with prompts and responses of rows" if self.refines else ""
-            logger.warning(
-                f"push_to_hub uploads the whole of output_dir: also config.yaml, weights.parquet, "
-                f"inference_example.py with a held-out row{rows}"
-            )
-
-    def _refuse_bad_values(self) -> None:
-        for name in ("rho", "rho_start", "rho_decay_ratio", "refine_fraction", "generation_top_p"):
-            value = getattr(self, name)
-            if name == "refine_fraction":
-                value = None if value == "auto" else float(value)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-        for name in (
-            "selector_learning_rate", "scout_learning_rate", "scout_epochs", "reference_learning_rate",
-            "bmo_temperature",
-            "per_device_validation_batch_size", "num_generations", "refine_every", "response_temperature",
-            "generation_temperature", "generation_top_p", "generation_batch_size", "max_new_tokens",
-            "importance_ratio_cap",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.refine_start is not None and self.refine_start < 0:
-            raise ValueError(f"refine_start must not be negative, got {self.refine_start}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = ", ".join(str(choice) for choice in choices if choice)
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {known}")
-
-    def _refuse_pairs(self, is_static: bool, selector: SelectorTraits | None) -> None:
-        """Settings of TRL that work on their own, but not beside what else is set."""
-        has_reference = not is_static and self.reference != "zero"
-        needs_plain_model = self.scouts(selector) or self.refines or has_reference
-        if needs_plain_model and is_sharded(self):
-            raise ValueError(
-                "a model sharded by FSDP or DeepSpeed runs as one wrapped module, and scouting, refining and the "
-                "references 'base' and 'tracked' need a forward of their own: choose another `selector` with "
-                "`reference='zero'` and `refine_fraction=0`"
-            )
-        if self.fp16 and self.reference == "tracked" and not is_static and not self.scouts(selector):
-            raise ValueError("fp16 scales the loss, and the reference 'tracked' has no scaler: set `bf16` instead")
-        if self.refines and self.save_only_model and self.refine_on_error == "stop":
-            raise ValueError(
-                "save_only_model leaves nothing to resume from where a generator fails: set "
-                "`refine_on_error='continue'`, or leave it out"
-            )
-        if self.refines and self.completion_only_loss is False:
-            raise ValueError("completion_only_loss false trains on prompts, which have no new responses: leave it out")
-
-    def _inactive(self, selector_name: str, is_static: bool, selector: SelectorTraits | None) -> dict[str, list[str]]:
-        """Names of settings that change nothing in this run, under the reason why; the first reason is the one said."""
-        name = self.selector if selector is None else "instance"
-        inactive: dict[str, list[str]] = {}
-
-        def add(is_inactive: bool, reason: str, *names: str) -> None:
-            if is_inactive:
-                inactive.setdefault(reason, []).extend(names)
-
-        not_read = f"selector {selector_name} does not read it"
-        add(name not in ("mirror", "bmo"), not_read, "score_map")
-        add(name not in DEFAULT_SELECTOR_LEARNING_RATE, not_read, "selector_learning_rate")
-        add(name != "bmo", not_read, "bmo_temperature")
-        add(name == "instance", f"the trainer was given a selector, {selector_name}", "selector")
-        add(is_static or self.scouts(selector), not_read, "reference", "reference_learning_rate")
-        add(self.reference != "tracked", f"reference '{self.reference}' is not trained", "reference_learning_rate")
-        add(not self.scouts(selector), not_read, "scout_learning_rate", "scout_epochs")
-        add(self.rho_start is None, "rho_start is not set", "rho_decay_ratio")
-        unused = f"selector {selector_name} with rho {self.rho} uses no validation rows"
-        add(not self.uses_validation(selector), unused, "validation_dataset")
-        add(not self.refines, "refine_fraction is 0", *_REFINING)
-        uniform = self.response_weighting == "uniform"
-        add(uniform, "response_weighting is 'uniform'", "response_temperature", "ratio_level", "importance_ratio_cap")
-        add(self.generator == "vllm", "generator is 'vllm'", "generation_batch_size")
-        vllm = ("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization")
-        add(self.generator != "vllm", f"generator is '{self.generator}'", *vllm)
-        add(self.vllm_mode == "colocate", "vllm_mode is 'colocate'", "vllm_server_base_url")
-        add(self.vllm_mode == "server", "vllm_mode is 'server'", "vllm_gpu_memory_utilization")
-        return inactive
-
-
-_OWN = [f for f in fields(BilevelConfig) if f.name in BilevelConfig.__annotations__]
-_CHOICES = {f.name: choices for f in _OWN if (choices := choices_of(f.type))}
-_NAMES = [f.name for f in _OWN]
-_REFINING = _NAMES[_NAMES.index("refine_start") :]
-REFINING_FIELDS = ["refine_fraction", *_REFINING]
+OWN_FIELDS = [f for f in fields(BilevelConfig) if f.name in BilevelConfig.__annotations__]
+_NAMES = [f.name for f in OWN_FIELDS]
+REFINING_FIELDS = _NAMES[_NAMES.index("refine_fraction") :]
 BilevelConfig.__doc__ = f"{BilevelConfig.__doc__}\n    Parameters:\n" + "".join(
-    f"        {f.name} (`{f.type}`, defaults to `{f.default!r}`): {f.metadata['help']}\n" for f in _OWN
+    f"        {f.name} (`{f.type}`, defaults to `{f.default!r}`): {f.metadata['help']}\n" for f in OWN_FIELDS
 )

@@ -12,7 +12,7 @@ import logging
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+from datasets.config import HF_DATASETS_CACHE, HF_HUB_OFFLINE
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from tamis.bad_rows import BadRow, RowSieve
 from tamis.layouts import EXTRAS, chatml, choose_columns, names_by_kind, normalized
@@ -30,6 +33,7 @@ from tamis.settings import first_line
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+_TIMEOUT = 10.0  # seconds, for one question to the hub
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -111,7 +115,7 @@ def _read_source(source: str, role: str, split: str) -> Iterator[tuple[str, Rows
     if path.is_file():
         yield path.name, _read_file(path, path.name)
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        with _one_line(f"{source}: cannot be read as a saved data set"):
+        with _one_line(f"{source}: cannot be read as a saved data set; check that it is whole"):
             saved = load_from_disk(str(path))
         yield path.name, _pick(saved, split, source) if isinstance(saved, DatasetDict) else saved
     elif source and path.is_dir():
@@ -124,8 +128,17 @@ def _read_source(source: str, role: str, split: str) -> Iterator[tuple[str, Rows
     else:
         name, _, config = source.partition(":")
         with _one_line(f"{source}: no such file or folder, nor a hub data set with split {split!r}; check `{role}`"):
+            _ask_hub(name)
             dataset = load_dataset(name, config or None, split=split)
         yield source, dataset
+
+
+def _ask_hub(name: str) -> None:
+    """Raise where the hub has no such data set or is not reached; `load_dataset` would ask for half a minute."""
+    if HF_HUB_OFFLINE or (Path(HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+        return
+    with suppress(HfHubHTTPError):  # whatever that is, loading will tell
+        HfApi().dataset_info(name, timeout=_TIMEOUT)
 
 
 @contextmanager
@@ -150,6 +163,8 @@ def _pick(splits: Mapping[Any, Any], split: str, source: str) -> Any:
 def _files_of_folder(path: Path, source: str, split: str) -> list[Path]:
     """Return the files of one split by the rules of `datasets`: by names of files and folders."""
     present = {file for file in path.rglob("*") if file.is_file() and _kind(file) in SUFFIXES}
+    if not present:
+        raise ValueError(f"{source}: the folder has no files of rows. Give it some, of {', '.join(SUFFIXES)}.")
     with _one_line(f"{source}: the folder cannot be read"):
         splits = load_dataset_builder(str(path)).config.data_files or {}
     for file in sorted(present - {Path(file) for files in splits.values() for file in files}):
@@ -167,7 +182,7 @@ def _read_file(path: Path, name: str) -> Rows:
     if kind not in SUFFIXES:
         raise ValueError(f"{name}: unknown kind of file. Give one of {', '.join(SUFFIXES)}.")
     if kind == ".parquet":
-        with _one_line(f"{name}: cannot be read as Parquet"):
+        with _one_line(f"{name}: cannot be read as Parquet; check that it is whole"):
             return Dataset(pq.read_table(path, partitioning=None))
     lines = _lines(path, name)
     if kind in (".csv", ".tsv"):
@@ -178,7 +193,7 @@ def _read_file(path: Path, name: str) -> Rows:
 def _lines(path: Path, name: str) -> Iterator[str]:
     """Yield the lines of a text file, with their ends, split at \\n alone: U+2028 may stand inside a JSON string."""
     with (
-        _one_line(f"{name}: cannot be read as UTF-8 text"),
+        _one_line(f"{name}: cannot be read as UTF-8 text; convert it, or check that it is whole"),
         gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file,
     ):
         for number, line in enumerate(file, start=1):
@@ -299,15 +314,10 @@ def _canonical(
     if check.num_rows == 0:
         raise ValueError(f"{name}: there are no rows. Give a file with at least one row.")
     sieve.report(check.num_rows)
-    read = [*names.values()] if weight_column is None else [*names.values(), weight_column]
-    unread = [column for column in found if column not in read and column not in (path.split(".")[0] for path in read)]
-    logger.info(
-        "%s: %d rows of %s%s",
-        name,
-        len(row_numbers),
-        ", ".join(read),
-        f" (not read: {', '.join(unread)})" if unread else "",
-    )
+    read = [*names.values(), *filter(None, [weight_column])]
+    left = [column for column in found if not any(column in (one, one.partition(".")[0]) for one in read)]
+    unread = f"; not read: {', '.join(left)}" if left else ""
+    logger.info("%s: %d rows, from the columns %s%s", name, len(row_numbers), ", ".join(read), unread)
     check.finish()
     table = _one_table(tables, name)
     table = table.select([column for column in table.column_names if not pa.types.is_null(table[column].type)])

@@ -85,12 +85,13 @@ def _escaped(text: str) -> str:
 # --- what asks the model ----------------------------------------------------------------------------------------------
 
 
-def snippet(trainer: Any, model: str, row: dict[str, Any]) -> str:
+def snippet(trainer: Any, model: str, row: dict[str, Any], num_prompt_tokens: int = 0) -> str:
     """Python that asks the trained model with the prompt of a row.
 
     Args:
         model: an expression of the saved model's folder or name.
         row: a prepared or unprepared row of the trainer, in one of TRL's formats.
+        num_prompt_tokens: see `max_new_tokens`.
     """
     auto_class = "AutoPeftModelForCausalLM" if _is_adapter(trainer) else "AutoModelForCausalLM"
     classes = ["AutoTokenizer"] if _is_adapter(trainer) else ["AutoModelForCausalLM", "AutoTokenizer"]
@@ -112,7 +113,7 @@ def snippet(trainer: Any, model: str, row: dict[str, Any]) -> str:
         auto_class=auto_class,
         dtype=trainer.accelerator.unwrap_model(trainer.model).dtype,
         inputs=inputs,
-        max_new_tokens=max_new_tokens(trainer),
+        max_new_tokens=max_new_tokens(trainer, num_prompt_tokens),
         stop=f", eos_token_id={stop}" if stop else "",
     )
 
@@ -148,44 +149,58 @@ def _asked(trainer: Any) -> tuple[str, Any]:
     return next((role, rows) for role, rows in candidates.items() if rows is not None)
 
 
-def max_new_tokens(trainer: Any) -> int:
-    """Enough for an answer, within what the model can read."""
-    num_positions = getattr(trainer.accelerator.unwrap_model(trainer.model).config, "max_position_embeddings", None)
-    return min(MAX_NEW_TOKENS, (num_positions or 2 * MAX_NEW_TOKENS) // 2)
+def max_new_tokens(trainer: Any, num_prompt_tokens: int) -> int:
+    """Enough for an answer, within what the model can read; half of that where the prompt is not known yet (0)."""
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    num_positions: int | None = getattr(config, "max_position_embeddings", None)
+    if num_positions is None:
+        return MAX_NEW_TOKENS
+    return max(1, min(MAX_NEW_TOKENS, num_positions // 2, num_positions - num_prompt_tokens))
 
 
 def _is_adapter(trainer: Any) -> bool:
     return isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
 
 
-def answer(trainer: Any, row: dict[str, Any]) -> str:
-    """The trained model's greedy answer to the prompt of a row, as the example makes it."""
+def _inputs(trainer: Any, row: dict[str, Any]) -> Any:
+    """The prompt of a row in tokens, as the example makes them."""
     prompt, tools = prompt_of(row)
-    tokenizer, model = trainer._tokenizer, trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(prompt, str):
-        inputs = tokenizer(prompt, return_tensors="pt")
-    else:
-        template = trainer.prompts.chat_template
-        inputs = tokenizer.apply_chat_template(
-            prompt, tools, chat_template=template, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        return trainer._tokenizer(prompt, return_tensors="pt")
+    template = trainer.prompts.chat_template
+    return trainer._tokenizer.apply_chat_template(
+        prompt, tools, chat_template=template, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def _answer(trainer: Any, inputs: Any) -> str:
+    """The trained model's greedy answer, as the example makes it."""
+    tokenizer, model = trainer._tokenizer, trainer.accelerator.unwrap_model(trainer.model)
+    num_prompt_tokens = inputs["input_ids"].shape[1]
     stop = {"eos_token_id": found} if (found := stop_tokens(trainer)) else {}
     with evaluation_mode(model), torch.no_grad():
         output = model.generate(
-            **inputs.to(model.device), max_new_tokens=max_new_tokens(trainer), do_sample=False, use_cache=True, **stop
+            **inputs.to(model.device),
+            max_new_tokens=max_new_tokens(trainer, num_prompt_tokens),
+            do_sample=False,
+            use_cache=True,
+            **stop,
         )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(output[0, num_prompt_tokens:], skip_special_tokens=True))
 
 
 def write_example(trainer: Any) -> None:
     """Write ``inference_example.py``: it asks the saved model a held-out prompt and compares with the run's answer."""
     role, rows = _asked(trainer)
     row, path = rows[0], Path(str(trainer.args.output_dir)) / EXAMPLE
+    inputs = _inputs(trainer, row)
     text = f'"""Asks the model of this run. The prompt is that of {row_name(rows, role, 0)}."""\n\nimport sys\n'
-    text += "from pathlib import Path\n\n" + snippet(trainer, "Path(__file__).resolve().parent", row)
+    text += "from pathlib import Path\n\n" + snippet(
+        trainer, "Path(__file__).resolve().parent", row, inputs["input_ids"].shape[1]
+    )
     try:
-        found = None if is_sharded(trainer.args) else answer(trainer, row)
-    except RuntimeError as error:  # out of memory: no reason to fail a run whose model is saved
+        found = None if is_sharded(trainer.args) else _answer(trainer, inputs)
+    except (RuntimeError, IndexError) as error:  # memory or positions: no reason to fail a run whose model is saved
         logger.warning(f"{EXAMPLE} cannot say what the run answers: {error}")
         found = None
     if found is None:

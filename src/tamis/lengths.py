@@ -1,4 +1,4 @@
-"""Rows that are too long: how many were cut or left out, in which files."""
+"""Rows that are too long: how many were cut or left out, in which files, and whether the model can read the rest."""
 
 import logging
 from typing import Any
@@ -18,6 +18,22 @@ def with_num_tokens(dataset: Dataset) -> Dataset:
     num_tokens = pc.list_value_length(arrow_column(dataset, "input_ids")).to_numpy().astype(np.int64)
     kept = [column for column in dataset.column_names if column != "num_tokens"]
     return dataset.select_columns(kept).add_column("num_tokens", num_tokens)
+
+
+def check_lengths(role: str, rows: Dataset, prepared: Dataset, max_length: int | None, config: Any) -> None:
+    """Say what ``max_length`` has done to the rows of a data set, and that the model can read what is left.
+
+    Args:
+        rows: with `example_id`.
+        prepared: those that TRL has kept, with `num_tokens` as they were before they were cut.
+        config: of the model.
+
+    Raises:
+        ValueError: no row is left, or one is longer than the model can read.
+    """
+    report_dropped(role, rows, prepared, max_length)
+    report_truncated(role, rows, prepared, max_length)
+    refuse_beyond_positions(role, prepared, max_length, config)
 
 
 def report_dropped(role: str, rows: Dataset, prepared: Dataset, max_length: int | None) -> None:
@@ -56,6 +72,27 @@ def report_truncated(role: str, rows: Dataset, prepared: Dataset, max_length: in
             f"{role}: {is_cut.sum()} of {len(rows)} rows cut to max_length={max_length} tokens: "
             f"{_by_file(rows, role, places)}. The longest has {num_tokens.max()} tokens. Raise `max_length`"
         )
+
+
+def refuse_beyond_positions(role: str, prepared: Dataset, max_length: int | None, config: Any) -> None:
+    """Refuse rows that are longer than a model with learned positions can read; warn where positions are rotary.
+
+    Args:
+        prepared: with `num_tokens` as they were before rows were cut to ``max_length``.
+        config: of the model.
+
+    Raises:
+        ValueError: a row has more tokens than the model has positions.
+    """
+    num_positions = getattr(config, "max_position_embeddings", None)
+    longest = arrow_column(prepared, "num_tokens").to_numpy().max(initial=0)
+    longest = longest if max_length is None else min(longest, max_length)
+    if num_positions is None or longest <= num_positions:
+        return
+    problem = f"{role}: the longest row has {longest} tokens, and the model {num_positions} positions"
+    if getattr(config, "rope_parameters", None) is None:
+        raise ValueError(f"{problem}: set `max_length={num_positions}`")
+    logger.warning(f"{problem}: it was not trained for more. Set `max_length={num_positions}`, or shorten the rows")
 
 
 def _by_file(rows: Dataset, role: str, places: np.ndarray[Any, Any]) -> str:

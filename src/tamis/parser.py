@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
@@ -39,6 +39,12 @@ class StrictParser(TrlParser):
 
     def __init__(self, dataclass_types: Any, **kwargs: Any):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        types = {name: kind for dataclass in dataclass_types for name, kind in get_type_hints(dataclass).items()}
+        kinds = {
+            n: {kind} if get_origin(kind) in (None, list, dict) else set(get_args(kind)) for n, kind in types.items()
+        }
+        self._needs_value = {name for name, found in kinds.items() if not found & {str, type(None)}}
+        self._takes_one = {name for name, found in kinds.items() if found <= {str, *_SCALARS, type(None)}}
 
     def error(self, message: str) -> NoReturn:
         """In place of the usage of some hundred options and `sys.exit`.
@@ -47,7 +53,7 @@ class StrictParser(TrlParser):
             ValueError: always.
         """
         text = _BOTH_SPELLINGS.sub(r"\1", message.removeprefix("argument "))
-        raise ValueError(f"{text}. See {self.prog} --help")
+        raise ValueError(f"{text}{'' if text.endswith('?') else '.'} See {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See `argparse`; nothing is left over.
@@ -74,6 +80,8 @@ class StrictParser(TrlParser):
             ValueError: the YAML file cannot be read, or holds what is no option.
         """
         parts = [p for arg in args or () for p in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        if parts.count("--config") > 1:
+            raise ValueError("--config is given twice. Put the settings into one YAML file")
         if "--config" in parts:
             self._config = _config_path(parts)
             _refuse_bad_yaml(self._config)
@@ -88,14 +96,15 @@ class StrictParser(TrlParser):
         names = self.names()
         for key in config:
             if key not in names:
-                raise ValueError(f"{self._config}: unknown key '{key}'{did_you_mean(str(key), names)}. Correct it")
+                raise ValueError(f"{self._config}: unknown key '{key}'{did_you_mean(key, names) or '. Correct it'}")
         actions = {action.dest: action for action in self._actions if action.dest in config}
         return super().set_defaults_with_config(**{n: self._plain(a, config[n]) for n, a in actions.items()})
 
     def _plain(self, action: argparse.Action, value: Any) -> Any:
         """A value of YAML as argparse takes it: as text, which it then converts and checks as it does a flag."""
-        is_scalar = getattr(action.type, "__name__", "") in ("int", "float", "string_to_bool") and action.nargs != "+"
-        if is_scalar and isinstance(value, list | dict):
+        if value is None and action.dest in self._needs_value:
+            raise ValueError(f"{self._config}: {action.dest} has no value. Give it one, or remove the line")
+        if action.dest in self._takes_one and isinstance(value, list | dict):
             raise ValueError(f"{self._config}: {action.dest} takes one value, got {value!r}. Correct it")
         if action.nargs == "+" and isinstance(value, str | int | float):
             return [value]

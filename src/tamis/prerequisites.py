@@ -3,6 +3,7 @@
 Checked before anything is loaded, so that a mistake is known in a moment.
 """
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,10 +51,18 @@ def check_prerequisites(args: SFTConfig, model_args: ModelConfig) -> None:
     template = args.chat_template_path
     if template and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
         raise ValueError(f"{template}: no such file. Check `chat_template_path`")
-    output_dir = Path(str(args.output_dir))
-    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    _refuse_output_dir(str(args.output_dir))
+
+
+def _refuse_output_dir(output_dir: str) -> None:
+    if not output_dir:
+        raise ValueError("`output_dir` is empty: name a folder")
+    path = Path(output_dir)
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir():
         raise ValueError(f"{nearest} is a file: choose another `output_dir`")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{nearest} cannot be written to: choose another `output_dir`")
 
 
 def _packages(args: SFTConfig, model_args: ModelConfig) -> Iterator[tuple[str, str]]:
@@ -91,9 +100,10 @@ def is_installed(package: str) -> bool:
 
 
 def find_model(name: str) -> str:
-    """The model as `transformers` takes it: a folder, or a hub name as it is.
+    """The model as `transformers` takes it: the absolute path of a folder, or a hub name as it is.
 
-    A name is taken for that of a folder where it cannot be one of the hub, or where the folder above it is there.
+    Absolute, because an adapter notes the path of its base model, and may be loaded from elsewhere. A name is taken for
+    that of a folder where it cannot be one of the hub, or where the folder above it is there.
 
     Raises:
         ValueError: no such folder, it holds no model, or it is no name that the hub could have.
@@ -102,7 +112,7 @@ def find_model(name: str) -> str:
     if path.is_dir():
         if not any((path / file).is_file() for file in _MODEL_FILES):
             raise ValueError(f"{name}: a folder without {' or '.join(_MODEL_FILES)}. Check `model_name_or_path`")
-        return str(path)
+        return str(path.absolute())
     if path.is_file():
         raise ValueError(f"{name} is a file: give the folder of the model to `model_name_or_path`")
     is_local = name.startswith((".", "~")) or path.is_absolute() or name.count("/") > 1 or name.endswith("/")
@@ -118,15 +128,15 @@ def find_model(name: str) -> str:
 
 
 def refuse_unreachable(model: Any, args: SFTConfig) -> None:
-    """Ask the hub once for a model that has not been downloaded. Loading it would ask for half a minute.
+    """Refuse a model that is not there. The hub is asked once; loading would ask for half a minute.
 
     Args:
         model: a name, or anything else, which is let pass.
 
     Raises:
-        ValueError: the hub has no such model, does not give it to this user, or does not answer.
+        ValueError: see `find_model`; or the hub has no such model, does not give it to this user, or does not answer.
     """
-    if not isinstance(model, str) or Path(model).is_dir():
+    if not isinstance(model, str) or Path(find_model(model)).is_dir():
         return
     loading = args.model_init_kwargs
     revision = loading.get("revision") if isinstance(loading, dict) else None

@@ -215,7 +215,10 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
         except (OSError, json.JSONDecodeError):
             continue
         return str(folder)
-    raise ValueError(f"{output_dir} holds no complete checkpoint to resume from: start anew in another `output_dir`")
+    raise ValueError(
+        f"{output_dir} holds no complete checkpoint to resume from: leave `resume_from_checkpoint` out, and set "
+        "`overwrite_output_dir=True` if there is a run without one"
+    )
 
 
 def checkpoint_step(checkpoint: str | Path) -> int:

@@ -220,7 +220,7 @@ def _problem_of_flags(messages: list[Any], kind: str) -> str | None:
     for i, message in enumerate(messages):
         flag = training_flag(message)
         if flag not in (None, 0, 1):
-            return f"message {i} has the weight {flag!r:.40}, not 0 or 1. Weigh the row instead, by --weight_column"
+            return f"message {i} has the weight {flag!r:.40}, not 0 or 1. Weigh the row instead, by `weight_column`"
         if flag and (message["role"] != "assistant" or kind == "prompt"):
             return f"message {i} is to be trained on, and only the responses are. Remove its train or weight"
     answers = [training_flag(message) in (None, 1) for message in messages if message["role"] == "assistant"]
@@ -318,7 +318,7 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence
     if set(hashes["validation_dataset"]) == set(hashes["train_dataset"]):
         messages = [
             "validation_dataset and train_dataset have the same rows: nothing tells right rows from wrong ones. Give "
-            "rows that you trust to --validation_dataset, and keep them out of --train_dataset"
+            "rows that you trust to `validation_dataset`, and keep them out of `train_dataset`"
         ]
     else:
         messages = shared("validation_dataset", "train_dataset", "The choice of rows will favour them.")

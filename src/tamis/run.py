@@ -78,6 +78,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         if isinstance(self.train_dataset, str):  # in a YAML file one source needs no list
             self.train_dataset = [self.train_dataset]
+        if not isinstance(self.train_dataset, list) or not all(isinstance(name, str) for name in self.train_dataset):
+            raise ValueError(f"`train_dataset` takes names of files or data sets, got {self.train_dataset!r}")
+        if not self.train_dataset:
+            raise ValueError("no training rows: give `train_dataset`")
 
     def load(self, skipped: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """The datasets that were named, checked, by the names that `BilevelTrainer` takes them under.
@@ -119,10 +123,7 @@ def make_trainer(
         raise ValueError("no model: give `model_name_or_path`")
     check_prerequisites(args, model_args)
     model = find_model(model_args.model_name_or_path)
-    if args.selector != "column":
-        of_column = ["weight_column", "source_weights"]
-        named = [name for name in of_column if getattr(data, name) is not None]
-        warn_without_effect(named, {f"selector '{args.selector}' does not read it": of_column})
+    _warn_of_inactive(data, args, model_args)
     skipped: list[dict[str, Any]] | None = [] if data.skip_bad_rows else None
     datasets = data.load(skipped)
 
@@ -147,6 +148,18 @@ def make_trainer(
     return trainer
 
 
+def _warn_of_inactive(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> None:
+    """The settings of the data and of the model that change nothing; `tamis.checks` has the others."""
+    given, inactive = [*given_fields(data), *given_fields(model_args)], dict[str, list[str]]()
+    if args.selector != "column":
+        inactive[f"selector '{args.selector}' does not read it"] = ["weight_column", "source_weights"]
+    if not model_args.use_peft:
+        inactive["use_peft is not set"] = [name for name in given if name.startswith(("lora_", "use_rs", "use_dora"))]
+    if not model_args.load_in_4bit:
+        inactive["load_in_4bit is not set"] = [name for name in given if name.startswith("bnb_4bit_")]
+    warn_without_effect(given, inactive)
+
+
 def train(
     data: DataArguments,
     args: BilevelConfig,
@@ -166,7 +179,7 @@ def train(
         shows_row: print the first training row to stderr, as the model sees it.
 
     Raises:
-        ValueError: an input cannot work; see `tamis.data`, `tamis.rows` and `BilevelConfig.check`.
+        ValueError: an input cannot work; see `tamis.data`, `tamis.rows` and `tamis.checks`.
         NonFiniteLossError: see `BilevelTrainer`.
         Stopped: by a signal.
     """

@@ -47,7 +47,12 @@ def warn_without_effect(given: Iterable[str], inactive: dict[str, list[str]]) ->
 
 def as_flags(text: str) -> str:
     """A message as the command line says it: the settings that it names, in backticks, as flags."""
-    return _SETTING.sub(lambda found: " ".join(filter(None, (f"--{found[1]}", found[2]))), text)
+    return _SETTING.sub(_as_flag, text)
+
+
+def _as_flag(setting: re.Match[str]) -> str:
+    name, value = setting.groups()
+    return f"--{name}" if value in (None, "", "True") else f"--{name} {value}"  # a bare flag is True
 
 
 def first_line(error: Exception) -> str:

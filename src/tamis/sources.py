@@ -1,5 +1,7 @@
 """Training rows of several sources: files, patterns, folders and hub names, each with a weight of its own."""
 
+import math
+import os
 from collections.abc import Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -9,7 +11,6 @@ import pyarrow as pa
 from datasets import Dataset
 
 from tamis.data import joined, load_rows
-from tamis.rows import check_weights
 
 
 def load_sources(
@@ -32,13 +33,16 @@ def load_sources(
             raise ValueError(
                 f"{len(source_weights)} `source_weights` for {len(sources)} sources of {role}: give one for each"
             )
-        source_weights = check_weights(list(source_weights), "source_weights", lambda k: sources[k])
+        for source, weight in zip(sources, source_weights, strict=True):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{source}: the weight {weight} is not a finite number >= 0. Correct `source_weights`")
     paths = [(path, k) for k, source in enumerate(sources) for path in _matches(source, role)]
     seen = set[str]()
     for path, _ in paths:
-        if path in seen:
+        same = os.path.realpath(path) if os.path.exists(path) else path
+        if same in seen:
             raise ValueError(f"{path}: named twice in {role}. Name it once")
-        seen.add(path)
+        seen.add(same)
     names = [Path(path).name for path, _ in paths]
     tables = []
     for (path, k), name in zip(paths, names, strict=True):

@@ -25,33 +25,23 @@ from transformers.trainer_utils import TrainOutput
 from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
 from tamis.boundaries import one_warning, report_merged
+from tamis.checks import check_available, check_settings
 from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
 from tamis.forms import has_customary_columns
 from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets, without_repeats
-from tamis.lengths import report_dropped, report_truncated, with_num_tokens
+from tamis.lengths import check_lengths, with_num_tokens
 from tamis.losses import fused_forward, stop_if_not_finite
-from tamis.output_dir import (
-    announce_users_files,
-    claimed,
-    refuse_earlier_run,
-    remove_earlier_run,
-    users_card_kept,
-)
+from tamis.output_dir import announce_users_files, claimed, refuse_earlier_run, remove_earlier_run, users_card_kept
 from tamis.prerequisites import refuse_unreachable
 from tamis.prompts import Prompts, check_template
 from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
-from tamis.rows import (
-    attach_example_ids,
-    fingerprint,
-    row_name,
-    row_table,
-)
+from tamis.rows import attach_example_ids, fingerprint, row_name, row_table
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
 from tamis.trl_options import refuse_arguments, refuse_parallelism
-from tamis.weighting import RowWeighting, check_available
+from tamis.weighting import RowWeighting
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +124,7 @@ class BilevelTrainer(RowEvaluation):
         datasets = named_datasets(train_dataset, validation_dataset, eval_dataset, formatting_func)
         train_dataset = datasets["train_dataset"]
         has_validation, has_weight = validation_dataset is not None, "weight" in train_dataset.column_names
-        args.check(has_validation=has_validation, has_weight=has_weight, selector=selector)
+        check_settings(args, has_validation=has_validation, has_weight=has_weight, selector=selector)
         self.resolved = args.resolve(selector, has_validation=has_validation)
         if not args.uses_validation(selector):
             datasets.pop("validation_dataset", None)
@@ -167,8 +157,7 @@ class BilevelTrainer(RowEvaluation):
         prepared = {"train_dataset": self.train_dataset, "validation_dataset": self.validation_dataset}
         for role, dataset in (prepared | held_out_datasets(self.eval_dataset)).items():
             if dataset is not None:
-                report_dropped(role, datasets[role], dataset, args.max_length)
-                report_truncated(role, datasets[role], dataset, args.max_length)
+                check_lengths(role, datasets[role], dataset, args.max_length, self.model.config.get_text_config())
                 report_merged(role, datasets[role], dataset, self._tokenizer)
         rows = PreparedRows(self.train_dataset)
         validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)

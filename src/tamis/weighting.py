@@ -29,30 +29,18 @@ from tamis.bilevel import effective_sample_size, penalty_gap
 from tamis.config import DEFAULT_RHO, BilevelConfig, Resolved
 from tamis.losses import stop_if_not_finite
 from tamis.recorder import SCOUT_REPORT, Recorder
-from tamis.refining.generation import GenerationError, check_installed, make_generator
+from tamis.refining.generation import GenerationError, make_generator
 from tamis.refining.refiner import Refiner, make_refiner
 from tamis.rows import row_name
 from tamis.selection.make import make_row_weights
 from tamis.selection.references import ZeroReference, make_reference
 from tamis.selection.row_weights import RowWeights, ScoutWeights
 from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, scout_lengths
-from tamis.selection.selectors import Selector, check_selector
+from tamis.selection.selectors import Selector
 from tamis.selection.trials import MIN_VALIDATION_ROWS, Outcome, describe, send_scout
 from tamis.stream import Batches, BatchRows, MicroBatch
 
 logger = logging.getLogger(__name__)
-
-
-def check_available(args: BilevelConfig, selector: Selector | None) -> None:
-    """Check what must be there before a model is loaded: a selector that works, and the packages of the generator.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-    if selector is not None:
-        check_selector(selector)
-    if args.refines:
-        check_installed(args.generator)
 
 
 class RowWeighting:
@@ -121,6 +109,7 @@ class RowWeighting:
         self._step = 0
         self._window: list[tuple[Tensor, ...]] = []
         self._refresh_metrics: dict[str, float] = {}
+        self._is_short_of_responses = False
 
     def _make_scout(self) -> Scout | None:
         """None where no row is scored before training, and no generated response is compared with the base model."""
@@ -267,7 +256,8 @@ class RowWeighting:
             refiner.last_refresh = step
             return
         logger.info(refiner.summary(step))
-        if len(refiner.buffer.rows) < len(records) / 2:
+        if len(refiner.buffer.rows) < len(records) / 2 and not self._is_short_of_responses:
+            self._is_short_of_responses = True  # said once
             logger.warning(
                 "most rows got no usable response: raise `max_new_tokens`, or see to it that the model ends its "
                 "responses (`eos_token`)"
