@@ -1,26 +1,30 @@
-"""Where a prompt meets its response: rows in which the two share a token are counted.
+"""Where a prompt meets its response: rows whose text makes one token of the two are tokenized in two parts.
 
-TRL trains such a row from the shared token on, so that the model learns to go on from another prompt than it will be
-asked. It warns once for every end of a prompt, which may be once a row.
+TRL tokenizes prompt and response as one text. Where a token reaches over the boundary, it trains from that token on,
+behind a prompt that is shorter than the one the model will be asked with. tamis tokenizes such a row's prompt and
+response apart, as generation does. All other rows stay as TRL makes them.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset
+
+from tamis.rows import arrow_column
 
 logger = logging.getLogger(__name__)
 
 _TRL_LOGGER = "trl.trainer.sft_trainer"
 _TRL_WARNING = "The tokenized prompt is not a prefix"
-_NUM_ROWS = 1000  # tokenised at a time
 
 
 @contextmanager
 def one_warning(dataset: Dataset) -> Iterator[None]:
-    """Within it TRL warns at most once that prompts are not prefixes; of text not at all, see `report_merged`."""
+    """Within it TRL warns at most once that prompts are not prefixes; of text not at all, see `tokenized_apart`."""
     num_shown = 1 if _has_text_prompts(dataset) else 0
 
     def is_first(record: logging.LogRecord) -> bool:
@@ -36,33 +40,37 @@ def one_warning(dataset: Dataset) -> Iterator[None]:
         logging.getLogger(_TRL_LOGGER).removeFilter(is_first)
 
 
-def report_merged(role: str, rows: Dataset, prepared: Dataset, tokenizer: Any) -> None:
-    """Say in how many rows the last token of the prompt is the first of the response.
+def tokenized_apart(name: str, dataset: Dataset, tokenizer: Any, completion_only_loss: bool) -> Dataset:
+    """Tokenize prompt and response apart in the rows where they make one token; say in how many rows.
 
     Args:
-        rows: by `example_id`; only prompts that are text are looked at.
-        prepared: the same rows, or some of them, with `labels`. Rows that were cut are passed over.
+        dataset: as TRL has tokenized it, uncut, with the texts of which `input_ids` and `labels` were made. Data sets
+            without prompts that are text are returned as they are.
     """
-    if not _has_text_prompts(rows) or "labels" not in prepared.column_names or not len(prepared):
-        return
-    rows, prepared = rows.with_format(None), prepared.with_format(None)
-    num_merged, shown = 0, ""
-    for start in range(0, len(prepared), _NUM_ROWS):
-        part = prepared[start : start + _NUM_ROWS]
-        prompts = rows[part["example_id"]]["prompt"]
-        for ids, labels, prompt, length in zip(
-            tokenizer(prompts)["input_ids"], part["labels"], prompts, part["num_tokens"], strict=True
-        ):
-            start_of_response = next((i for i, label in enumerate(labels) if label != -100), len(labels))
-            if len(labels) == length and 0 < start_of_response < len(ids):
-                num_merged += 1
-                shown = shown or prompt[-20:]
-    if num_merged:
-        logger.warning(
-            f"{role}: in {num_merged} of {len(prepared)} rows the end of the prompt and the start of the response make "
-            f"one token (first: {shown!r}), and the model will be asked with others than it is trained on. End the "
-            "prompts with a space or a line break, or set `prompt_template`"
+    if not _has_text_prompts(dataset) or not len(dataset):
+        return dataset
+
+    def split(part: dict[str, Any]) -> dict[str, Any]:
+        input_ids, labels, is_split = part["input_ids"], part["labels"], []
+        for i, prompt_ids in enumerate(tokenizer(part["prompt"])["input_ids"]):
+            is_split.append(input_ids[i][: len(prompt_ids)] != prompt_ids)
+            if is_split[i]:
+                response_ids = tokenizer(part["completion"][i], add_special_tokens=False)["input_ids"]
+                input_ids[i] = prompt_ids + response_ids
+                labels[i] = ([-100] * len(prompt_ids) if completion_only_loss else prompt_ids) + response_ids
+        return {"input_ids": input_ids, "labels": labels, "is_split": is_split}
+
+    # `datasets` would hash the tokenizer, which is in the fingerprint of the tokenized rows already
+    fingerprint = hashlib.blake2b(f"{dataset._fingerprint} apart".encode(), digest_size=8).hexdigest()
+    found = dataset.with_format(None).map(split, batched=True, new_fingerprint=fingerprint)
+    is_split = arrow_column(found, "is_split")
+    if num_split := pc.sum(is_split).as_py():
+        first = found[pc.index(is_split, True).as_py()]
+        logger.info(
+            f"{name}: in {num_split} of {len(found)} rows the end of the prompt and the start of the response make one "
+            f"token (first: {first['prompt'][-20:]!r}); they are tokenized apart, as the model will be asked"
         )
+    return found.remove_columns("is_split")
 
 
 def _has_text_prompts(dataset: Dataset) -> bool:

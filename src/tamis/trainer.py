@@ -24,11 +24,11 @@ from transformers.trainer_utils import TrainOutput
 
 from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
-from tamis.boundaries import one_warning, report_merged
+from tamis.boundaries import one_warning, tokenized_apart
 from tamis.checks import check_available, check_settings
 from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
-from tamis.forms import has_customary_columns
+from tamis.forms import has_customary_columns, is_in_tokens
 from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets, without_repeats
 from tamis.lengths import check_lengths, with_num_tokens
@@ -158,7 +158,6 @@ class BilevelTrainer(RowEvaluation):
         for role, dataset in (prepared | held_out_datasets(self.eval_dataset)).items():
             if dataset is not None:
                 check_lengths(role, datasets[role], dataset, args.max_length, self.model.config.get_text_config())
-                report_merged(role, datasets[role], dataset, self._tokenizer)
         rows = PreparedRows(self.train_dataset)
         validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
         self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
@@ -201,6 +200,8 @@ class BilevelTrainer(RowEvaluation):
         uncut.max_length, uncut.shuffle_dataset = None, False
         with one_warning(dataset):
             whole = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
+        if not is_in_tokens(dataset):
+            whole = tokenized_apart(dataset_name, whole, self._tokenizer, self.completion_only_loss)
         whole = with_num_tokens(whole)
         return super()._prepare_dataset(whole, processing_class, args, packing, None, dataset_name)
 
