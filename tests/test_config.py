@@ -18,8 +18,10 @@ def config(tmp_path, **settings) -> BilevelConfig:
     return BilevelConfig(**{"output_dir": str(tmp_path)} | PLAIN | settings)
 
 
-def check(config, *, has_validation=True, has_weight=False) -> None:
-    check_settings(config, has_validation=has_validation, has_weight=has_weight)
+def check(config, *, has_validation=True, has_weight=False, has_held_out=True) -> None:
+    rows = Dataset.from_list([{"prompt": "1", "completion": "2"} | ({"weight": 1.0} if has_weight else {})])
+    roles = {"train_dataset": True, "validation_dataset": has_validation, "eval_dataset": has_held_out}
+    check_settings(config, {role: rows for role, is_there in roles.items() if is_there})
 
 
 @pytest.mark.parametrize(
@@ -340,3 +342,26 @@ def test_without_an_accelerator_the_default_precision_is_fp32(tmp_path):
 def test_likely_wrong_rows_are_not_random_ones(tmp_path):
     arguments = config(tmp_path, refine_fraction="auto", refine_policy="random")
     assert "give a number" in message_of(lambda: check(arguments))
+
+
+def test_weights_of_the_rows_that_nothing_reads_are_warned_of(tmp_path, caplog):
+    check(config(tmp_path), has_weight=True)
+    assert "the training rows have weights of their own, and selector 'scout' does not read them" in caplog.text
+    caplog.clear()
+    check(config(tmp_path, selector="column", rho=0.0), has_weight=True)
+    assert "weights of their own" not in caplog.text
+
+
+def test_without_settings_a_trainer_has_the_defaults(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_list(pairs(4))
+    trainer = BilevelTrainer(model_dir, train_dataset=rows, validation_dataset=Dataset.from_list(pairs(4, 100)))
+    name = f"{model_dir.rstrip('/').split('/')[-1]}-tamis"
+    assert trainer.args.output_dir == name and trainer.args.given_settings == {"output_dir": name}
+
+
+def test_names_of_held_out_data_sets_are_text(tmp_path):
+    rows = Dataset.from_list(pairs(4))
+    given = {"train_dataset": rows, "validation_dataset": rows, "eval_dataset": {1: rows}}
+    message = message_of(lambda: BilevelTrainer("model", config(tmp_path), **given))
+    assert message == "eval_dataset: the names of data sets are text, got 1. Rename it"

@@ -148,6 +148,8 @@ OPTIONS = [
     ("--output_dir train.jsonl", "train.jsonl is a file: choose another --output_dir"),
     ("--output_dir train.jsonl/run", "train.jsonl is a file: choose another --output_dir"),
     ("--output_dir=", "--output_dir is empty: name a folder"),
+    ("--output_dir mine", "mine holds weights.parquet, which a run would write over: move it, choose another"),
+    ("--save_strategy best", "save_strategy 'best' compares evaluations: set --eval_strategy too"),
     # the model
     ("--model_name_or_path ./none", "./none: no such folder. Check --model_name_or_path"),
     ("--model_name_or_path /none", "/none: no such folder"),
@@ -205,8 +207,9 @@ def unreachable(*args, **kwargs):
 
 
 def make_things_to_trip_over(folder, model_dir):
-    for name in ("data", "empty", "broken", "torn", "mute", "parted"):
+    for name in ("data", "empty", "broken", "torn", "mute", "parted", "mine"):
         (folder / name).mkdir()
+    (folder / "mine" / "weights.parquet").write_text("of a user")
     (folder / "notes.txt").write_text("x")
     (folder / "latin.csv").write_bytes("prompt,completion\n1=,\xe9\n".encode("latin-1"))
     for split in ("train", "test"):
@@ -276,6 +279,12 @@ MISSING = [
     ("--model_name_or_path", "no model: give --model_name_or_path"),
     ("--validation_dataset", "selector 'scout' needs validation rows: give --validation_dataset"),
 ]
+
+
+def test_held_out_rows_that_evaluation_misses(folder, capfd):
+    assert run(["--eval_strategy", "steps"], without=["--eval_dataset"]) == 2
+    assert "eval_strategy 'steps' needs held-out rows: give --eval_dataset" in error_of(capfd)
+    assert not (folder / "run").exists()
 
 
 @pytest.mark.parametrize(("option", "message"), MISSING, ids=[option for option, _ in MISSING])
@@ -422,7 +431,14 @@ def test_rows_beyond_the_positions_of_a_model_that_has_learned_them(folder, mode
 def test_checkpoints_that_are_not_there(checkpoint, message, folder, capfd):
     assert run(["--resume_from_checkpoint", checkpoint]) == 2
     assert message in error_of(capfd)
-    assert not any((folder / "run").iterdir())
+    assert not (folder / "run").exists() or not any((folder / "run").iterdir())
+
+
+def test_a_checkpoint_that_is_not_there_is_missed_before_the_model_is_loaded(folder, capfd):
+    for checkpoint in ("none", "last"):
+        assert run(["--resume_from_checkpoint", checkpoint, "--model_name_or_path", "broken"]) == 2
+        assert "resume_from_checkpoint" in error_of(capfd)
+    assert not (folder / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written_to(folder, monkeypatch, capfd):
@@ -443,6 +459,25 @@ def test_trusted_rows_that_are_the_training_rows_are_warned_of(folder, monkeypat
         run(["--validation_dataset", name, "--model_name_or_path", "org/name"])
         (warning,) = warnings_of(capfd)
         assert warning.startswith("warning: validation_dataset and train_dataset have the same rows: nothing tells")
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ("--train_split test", "train_split is set but has no effect: train.jsonl is a file"),
+        ("--eval_split test", "eval_split is set but has no effect: eval.jsonl is a file"),
+        ("--model_revision v2 --model_name_or_path model", "model_revision is set but has no effect: the model is a"),
+        ("--dataset_text_field body", "dataset_text_field is set but has no effect: the rows are not text alone"),
+        ("--weight_column w", "weight_column is set but has no effect: selector 'scout' does not read it"),
+    ],
+)
+def test_settings_of_the_data_without_effect_are_warned_of_once(options, warning, folder, monkeypatch, capfd):
+    monkeypatch.setattr("tamis.prerequisites.HfApi.model_info", unreachable)
+    rows = [row | {"w": 1.0} for row in pairs(6)]
+    write_jsonl(folder / "train.jsonl", rows)
+    run(["--model_name_or_path", "org/name", *options.split()])
+    found = warnings_of(capfd)
+    assert [line for line in found if "has no effect" in line] == [line for line in found if warning in line] != []
 
 
 def test_a_file_that_a_folder_holds_in_vain_is_warned_of(folder, monkeypatch, capfd):

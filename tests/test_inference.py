@@ -103,6 +103,7 @@ def test_the_example_and_the_card_ask_as_training_did(base_models, tmp_path, mon
     if template != "alpaca" and not extra:  # neither is learned by a model that is so small and knows nothing
         assert "before, 1.000 after" in output.out
         assert (found, answer("x" * 6)) == ("b\n", "a\n"), "the held-out answers"
+    assert f"fine-tuned version of the local model `{model}`" in card and "[None]" not in card
     section = card.split("## Prompt template")[1].split("## Training procedure")[0]
     expected = {"chat": "add_generation_prompt", "alpaca": "### Response:", "plain": "the text as it is"}
     assert expected[template] in section

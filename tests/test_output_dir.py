@@ -83,6 +83,26 @@ def test_a_run_is_not_overwritten_in_python(bilevel, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["weights.parquet", "scout.json", "config.json", "inference_example.py"])
+def test_files_of_the_user_with_names_of_ours_are_not_overwritten(bilevel, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    settings = MIXING | {"max_steps": 1}
+    message = message_of(bilevel(pairs(4), **settings, overwrite_output_dir=False).train)
+    assert f"run holds {name}, which a run would write over" in message
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {name}
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+def test_a_run_that_ended_before_its_first_step_is_begun_again(bilevel, tmp_path):
+    settings = MIXING | {"max_steps": 1, "overwrite_output_dir": False}
+    trainer = bilevel(pairs(4), **settings)
+    trainer.recorder.write_config({}, {"version": "0"})
+    (tmp_path / "run" / "weights.parquet").write_text("of that run")
+    trainer.train()
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
 def test_overwriting_leaves_nothing_of_the_earlier_run_and_all_of_the_user(bilevel, tmp_path):
     run = tmp_path / "run"
     steps = {"save_strategy": "steps", "save_steps": 1}

@@ -105,7 +105,8 @@ def config(tmp_path, **settings) -> BilevelConfig:
 
 
 def check(args: BilevelConfig) -> None:
-    check_settings(args, has_validation=True, has_weight=False)
+    rows = Dataset.from_list([{"prompt": "1", "completion": "2"}])
+    check_settings(args, {role: rows for role in ("train_dataset", "validation_dataset", "eval_dataset")})
 
 
 def test_there_is_a_verdict_on_every_option():

@@ -103,12 +103,9 @@ def refuse_foreign(checkpoint: str | Path, identity: RunIdentity) -> None:
     """Check that a checkpoint belongs to a run that means the same; announce what has changed otherwise.
 
     Raises:
-        ValueError: it is not there, was not written by tamis, or settings or rows that give its state a meaning have
-            changed.
+        ValueError: it was not written by tamis, or settings or rows that give its state a meaning have changed.
     """
     path = Path(checkpoint) / STATE_FILE
-    if not path.parent.is_dir():
-        raise ValueError(f"{checkpoint}: no such folder. Give a checkpoint, or 'last', to `resume_from_checkpoint`")
     if not path.is_file():
         raise ValueError(
             f"{checkpoint} has no {STATE_FILE}: it was written with `save_only_model` or not by tamis, and cannot be "

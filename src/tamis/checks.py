@@ -1,43 +1,67 @@
 """Settings that cannot work are refused, and those without effect are warned of, before any model is loaded."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers.trainer_utils import IntervalStrategy
+from trl.trainer.utils import get_config_model_id
 
 from tamis.config import DEFAULT_SELECTOR_LEARNING_RATE, OWN_FIELDS, REFINING_FIELDS, BilevelConfig, SelectorTraits
 from tamis.refining.generation import check_installed
 from tamis.selection.selectors import Selector, check_selector
 from tamis.settings import choices_of, warn_without_effect
-from tamis.trl_options import NO_EFFECT, given_loader_settings, is_sharded, refuse_options
+from tamis.trl_options import NO_EFFECT, given_loader_settings, is_sharded, refuse_arguments, refuse_options
 
 logger = logging.getLogger(__name__)
 
 _CHOICES = {f.name: choices for f in OWN_FIELDS if (choices := choices_of(f.type))}
 
 
-def check_available(args: BilevelConfig, selector: Selector | None) -> None:
-    """Check what must be there before a model is loaded: a selector that works, and the packages of the generator.
+def settle_arguments(
+    model: Any, args: BilevelConfig | None, selector: str | Selector | None, others: dict[str, Any]
+) -> BilevelConfig:
+    """The settings of a trainer, which must be there; a selector that is named goes into them.
+
+    Args:
+        model: names the output folder where there are no settings, as in [`~trl.SFTTrainer`].
+        others: further arguments of the trainer.
 
     Raises:
-        ValueError: with the remedy.
+        ValueError: they cannot work here, with the remedy; a package of the generator is missing.
     """
-    if selector is not None:
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = BilevelConfig(output_dir=f"{name.split('/')[-1]}-tamis")
+    if not isinstance(args, BilevelConfig):
+        raise ValueError(f"args must be a BilevelConfig, got {type(args).__name__}")
+    refuse_arguments(others)
+    if isinstance(selector, str):
+        args.selector = selector  # type: ignore[assignment]
+    elif selector is not None:
         check_selector(selector)
     if args.refines:
         check_installed(args.generator)
+    if others.get("formatting_func") is not None and args.completion_only_loss:
+        raise ValueError("completion_only_loss has no completion to find in the text of formatting_func: leave it out")
+    return args
 
 
 def check_settings(
-    args: BilevelConfig, *, has_validation: bool, has_weight: bool, selector: SelectorTraits | None = None
+    args: BilevelConfig, datasets: Mapping[str, Dataset], selector: SelectorTraits | None = None
 ) -> None:
     """Refuse what cannot work and warn of what has no effect.
 
     Args:
-        has_validation: whether there are validation rows.
-        has_weight: whether the training rows have a column ``weight``.
+        datasets: by role; what counts is which there are, and whether the training rows have a column ``weight``.
         selector: an instance that takes the place of the name in the field `selector`.
 
     Raises:
         ValueError: with the field and the remedy.
     """
+    has_validation, has_weight = "validation_dataset" in datasets, "weight" in datasets["train_dataset"].column_names
+    has_held_out = any(role.startswith("eval_dataset") for role in datasets)
     _refuse_bad_values(args)
     refuse_options(args)
     name = f"'{args.selector}'" if selector is None else type(selector).__name__
@@ -67,7 +91,16 @@ def check_settings(
         raise ValueError("refine_fraction 'auto' picks the rows that are likely wrong, not random ones: give a number")
     if args.refines and args.refine_policy == "lowest" and selector is None and args.selector == "none":
         raise ValueError("selector 'none' gives all rows one weight: there is no lowest. Set `refine_policy='random'`")
+    if (strategy := IntervalStrategy(args.eval_strategy)) != "no" and not has_held_out:
+        raise ValueError(f"eval_strategy '{strategy.value}' needs held-out rows: give `eval_dataset`")
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise ValueError("save_strategy 'best' compares evaluations: set `eval_strategy` too")
     _refuse_pairs(args, is_static, selector)
+    if has_weight and selector is None and args.selector != "column":
+        logger.warning(
+            f"the training rows have weights of their own, and selector {name} does not read them: to train by them, "
+            "choose `selector='column'`"
+        )
     given = [*args.given_settings, *given_loader_settings(args)]
     given += ["validation_dataset"] if has_validation else []
     warn_without_effect(given, _inactive(args, name, is_static, selector) | NO_EFFECT)

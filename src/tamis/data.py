@@ -28,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tamis.bad_rows import BadRow, RowSieve
 from tamis.layouts import EXTRAS, chatml, choose_columns, names_by_kind, normalized
 from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, place_in_file
-from tamis.settings import first_line
+from tamis.settings import first_line, warn_without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ def _read_source(source: str, role: str, split: str) -> Iterator[tuple[str, Rows
     """Yield (name, rows) for each file of `source`."""
     path = Path(source).expanduser()
     if path.is_file():
+        name = f"{role.removesuffix('_dataset')}_split"
+        warn_without_effect([name] if split != "train" else [], {f"{path.name} is a file": [name]})
         yield path.name, _read_file(path, path.name)
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         with _one_line(f"{source}: cannot be read as a saved data set; check that it is whole"):

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 EXAMPLE = "inference_example.py"
 MAX_NEW_TOKENS = 128
 _QUESTION = "What is the capital of France?"  # a card is published, and rows may be private
+_NO_BASE = "[None](https://huggingface.co/None)"  # so TRL names a base model that is a folder
 _MAX_SHOWN = 300  # characters of each part of a row
 _SNIPPET = """\
 import torch
@@ -230,5 +231,7 @@ def describe(trainer: Any, card: Path) -> None:
         f"## Prompt template\n\n{written}\n## Training procedure"
     )
     before, _, rest = card.read_text(encoding="utf-8").partition("## Quick start")
+    folder = Path(trainer.accelerator.unwrap_model(trainer.model).config._name_or_path).name
+    before = before.replace(_NO_BASE, f"the local model `{folder}`" if folder else "a local model")
     _, _, after = rest.partition("## Training procedure")
     write_atomically(card, lambda path: path.write_text(before + text + after, encoding="utf-8"))

@@ -9,6 +9,7 @@ from datasets import Dataset
 from tamis.config import BilevelConfig
 from tamis.forms import as_rows, check_token_rows, is_in_tokens, token_columns
 from tamis.rows import check_overlap, check_rows, content_columns, is_conversational
+from tamis.settings import warn_without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ def named_datasets(
     """
     if evaluation == {}:
         raise ValueError("eval_dataset: there are no data sets in the dict. Leave it out")
+    if isinstance(evaluation, dict) and (wrong := [name for name in evaluation if not isinstance(name, str)]):
+        raise ValueError(f"eval_dataset: the names of data sets are text, got {wrong[0]!r}. Rename it")
     given = {"train_dataset": train}
     if validation is not None:
         given["validation_dataset"] = validation
@@ -72,7 +75,12 @@ def check_datasets(datasets: Mapping[str, Dataset], args: BilevelConfig) -> dict
 def _refuse_text_field(role: str, dataset: Dataset, name: str) -> None:
     """TRL reads the field of text rows only."""
     columns = set(dataset.column_names)
-    if name != "text" and not ({"prompt", "completion"} <= columns or columns & {"messages", "input_ids"}):
+    if name == "text":
+        return
+    if {"prompt", "completion"} <= columns or columns & {"messages", "input_ids"}:
+        if role == "train_dataset":
+            warn_without_effect(["dataset_text_field"], {"the rows are not text alone": ["dataset_text_field"]})
+    else:
         raise ValueError(
             f"dataset_text_field '{name}': tamis reads the column text. Give {role} as "
             f'dataset.rename_column("{name}", "text")'

@@ -22,6 +22,7 @@ CARD_FILES = ("README.md", "MODEL_CARD.md")
 _RUN_FILES = (
     "metrics.jsonl", "refinements.parquet", "weights.parquet", "skipped_rows.jsonl", "scout.json", "scout.safetensors",
 )  # fmt: skip
+_WRITTEN_FILES = (*_RUN_FILES, "config.json", "inference_example.py")
 _MODEL_FILES = (
     "model*.safetensors",
     "adapter_model.safetensors",
@@ -94,16 +95,24 @@ def _lock(path: Path) -> int:
 
 
 def refuse_earlier_run(output_dir: str | Path) -> None:
-    """Check that a new run would not write over another.
+    """Check that a new run would not write over another, nor over files of the user.
 
     Raises:
-        ValueError: metrics, checkpoints or a model are there.
+        ValueError: metrics, checkpoints or a model are there; or files with the names of those that a run writes, and
+            no configuration of a run.
     """
     folder = Path(output_dir)
     if any(next(folder.glob(trace), None) for trace in ("metrics.jsonl", "checkpoint-*", *_MODEL_FILES)):
         raise ValueError(
             f"{output_dir} holds a run already: choose another `output_dir`, go on with `resume_from_checkpoint`, "
             "or replace it with `overwrite_output_dir=True`"
+        )
+    if _is_our_config(config_path(folder)):
+        return  # they are of a run that has ended before its first metrics
+    if found := [name for name in _WRITTEN_FILES if (folder / name).exists()]:
+        raise ValueError(
+            f"{output_dir} holds {found[0]}, which a run would write over: move it, choose another `output_dir`, or "
+            "replace it with `overwrite_output_dir=True`"
         )
 
 

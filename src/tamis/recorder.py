@@ -37,6 +37,7 @@ from tamis.output_dir import config_path, write_config
 
 FORMAT_VERSION = 4
 SCOUT_REPORT = "scout.json"
+LAST = ("last", "true", "True")  # what `resume_from_checkpoint` may say instead of True
 SKIPPED_ROWS = "skipped_rows.jsonl"
 _REFINEMENTS = pa.schema(
     {
@@ -198,6 +199,19 @@ def _as_json(value: Any) -> Any:
 def as_text(content: Any) -> str:
     """A prompt or completion as it is, or the last message of a conversation."""
     return content if isinstance(content, str) else str(content[-1]["content"]) if content else ""
+
+
+def find_checkpoint(output_dir: str | Path, resume: str | bool) -> str:
+    """The folder that `resume_from_checkpoint` means: the one that it names, or the newest complete one of the run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if resume in (True, *LAST):
+        return last_complete_checkpoint(output_dir)
+    if not Path(str(resume)).is_dir():
+        raise ValueError(f"{resume}: no such folder. Give a checkpoint, or 'last', to `resume_from_checkpoint`")
+    return str(resume)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:

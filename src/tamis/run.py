@@ -16,7 +16,7 @@ from tamis.inference import show_row, write_example
 from tamis.output_dir import claimed, config_path, finished_step, mark_finished, refuse_busy, refuse_earlier_run
 from tamis.prerequisites import check_prerequisites, find_model
 from tamis.progress import ProgressCallback, use_progress
-from tamis.recorder import checkpoint_step
+from tamis.recorder import LAST, checkpoint_step, find_checkpoint
 from tamis.settings import given_fields, warn_without_effect
 from tamis.sources import load_sources
 from tamis.stopping import Stopped, StopSignals
@@ -126,6 +126,8 @@ def make_trainer(
     _warn_of_inactive(data, args, model_args)
     skipped: list[dict[str, Any]] | None = [] if data.skip_bad_rows else None
     datasets = data.load(skipped)
+    if args.selector != "column" and "weight" in datasets["train_dataset"].column_names:
+        datasets["train_dataset"] = datasets["train_dataset"].remove_columns("weight")
 
     given = args.model_init_kwargs
     assert not isinstance(given, str), "a JSON string is parsed by the config"
@@ -153,6 +155,8 @@ def _warn_of_inactive(data: DataArguments, args: BilevelConfig, model_args: Mode
     given, inactive = [*given_fields(data), *given_fields(model_args)], dict[str, list[str]]()
     if args.selector != "column":
         inactive[f"selector '{args.selector}' does not read it"] = ["weight_column", "source_weights"]
+    if Path(str(model_args.model_name_or_path)).is_dir():
+        inactive["the model is a folder"] = ["model_revision"]
     if not model_args.use_peft:
         inactive["use_peft is not set"] = [name for name in given if name.startswith(("lora_", "use_rs", "use_dora"))]
     if not model_args.load_in_4bit:
@@ -184,7 +188,7 @@ def train(
         Stopped: by a signal.
     """
     output_dir, stop = str(args.output_dir), stop or StopSignals()
-    resume = True if args.resume_from_checkpoint in ("last", "true", "True") else args.resume_from_checkpoint
+    resume = True if args.resume_from_checkpoint in LAST else args.resume_from_checkpoint
     is_main_process = args.process_index == 0
     if is_main_process:
         refuse_busy(output_dir)
@@ -193,6 +197,8 @@ def train(
             warn_without_effect(given, {"the run goes on from a checkpoint": ["overwrite_output_dir"]})
         elif not args.overwrite_output_dir:
             refuse_earlier_run(output_dir)
+    if resume and (resume is not True or finished_step(output_dir) is None):
+        find_checkpoint(output_dir, resume)
     trainer = make_trainer(data, args, model_args, trainer_class)
     if resume and _is_finished(trainer, resume):
         return {}

@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput
 from tamis import checkpoint as checkpoints
 from tamis.bilevel import rho_at, row_coefficients
 from tamis.boundaries import one_warning, tokenized_apart
-from tamis.checks import check_available, check_settings
+from tamis.checks import check_settings, settle_arguments
 from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
 from tamis.forms import has_customary_columns, is_in_tokens
@@ -36,11 +36,11 @@ from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.output_dir import announce_users_files, claimed, refuse_earlier_run, remove_earlier_run, users_card_kept
 from tamis.prerequisites import refuse_unreachable
 from tamis.prompts import Prompts, check_template
-from tamis.recorder import Recorder, checkpoint_step, last_complete_checkpoint, run_info
+from tamis.recorder import Recorder, checkpoint_step, find_checkpoint, run_info
 from tamis.rows import attach_example_ids, fingerprint, row_name, row_table
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
-from tamis.trl_options import refuse_arguments, refuse_parallelism
+from tamis.trl_options import refuse_parallelism
 from tamis.weighting import RowWeighting
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class BilevelTrainer(RowEvaluation):
 
     Args:
         model, processing_class, peft_config, ...: as in [`~trl.SFTTrainer`].
-        args: settings; `BilevelConfig` documents what is not TRL's.
+        args: settings; `BilevelConfig` documents what is not TRL's. None: its defaults, in a folder ``MODEL-tamis``.
         train_dataset: the rows to weigh, in any text format of TRL, with customary columns such as Alpaca's, or as
             ``input_ids``; of a `DatasetDict` the split ``train``. A column ``weight`` is read by ``column``.
         validation_dataset: the rows that are trusted, of a `DatasetDict` the split ``validation``. May be None only
@@ -98,7 +98,7 @@ class BilevelTrainer(RowEvaluation):
     def __init__(
         self,
         model: Any,
-        args: BilevelConfig,
+        args: BilevelConfig | None = None,
         *,
         train_dataset: Dataset | DatasetDict,
         validation_dataset: Dataset | DatasetDict | None = None,
@@ -107,25 +107,15 @@ class BilevelTrainer(RowEvaluation):
         prompt_template: str | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(args, BilevelConfig):
-            raise ValueError(f"args must be a BilevelConfig, got {type(args).__name__}")
-        refuse_arguments(kwargs)
-        if isinstance(selector, str):
-            args.selector, selector = selector, None  # type: ignore[assignment]
-        check_available(args, selector)
+        args = settle_arguments(model, args, selector, kwargs)
+        selector = None if isinstance(selector, str) else selector
         check_template(prompt_template)
         formatting_func = kwargs.pop("formatting_func", None)
-        if formatting_func is not None and args.completion_only_loss:
-            raise ValueError(
-                "completion_only_loss has no completion to find in the text of formatting_func: leave it out"
-            )
         if prompt_template is None and formatting_func is None and has_customary_columns(train_dataset):
             prompt_template = "auto"
         datasets = named_datasets(train_dataset, validation_dataset, eval_dataset, formatting_func)
-        train_dataset = datasets["train_dataset"]
-        has_validation, has_weight = validation_dataset is not None, "weight" in train_dataset.column_names
-        check_settings(args, has_validation=has_validation, has_weight=has_weight, selector=selector)
-        self.resolved = args.resolve(selector, has_validation=has_validation)
+        check_settings(args, datasets, selector)
+        self.resolved = args.resolve(selector, has_validation=validation_dataset is not None)
         if not args.uses_validation(selector):
             datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)
@@ -139,7 +129,7 @@ class BilevelTrainer(RowEvaluation):
             args = copy(args)  # of these rows alone
             args.assistant_only_loss = True
         datasets = {role: attach_example_ids(_without_ids(dataset)) for role, dataset in self.prompts.datasets.items()}
-        self._train_rows = datasets["train_dataset"]
+        self._train_rows, self._validation_rows = datasets["train_dataset"], datasets.get("validation_dataset")
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
         kwargs["processing_class"] = self.prompts.processing_class
         if isinstance(eval_dataset, dict):
@@ -148,23 +138,30 @@ class BilevelTrainer(RowEvaluation):
             eval_dataset = datasets.get("eval_dataset")
         super().__init__(model, args, train_dataset=self._train_rows, eval_dataset=eval_dataset, **kwargs)
         refuse_parallelism(self.accelerator.parallelism_config)
-        self._validation_rows = datasets.get("validation_dataset")
-        self.validation_dataset = None
-        if self._validation_rows is not None:
-            self.validation_dataset = self._prepare_dataset(
-                self._validation_rows, self.processing_class, args, False, self._formatting_func, "validation"
-            )
-        prepared = {"train_dataset": self.train_dataset, "validation_dataset": self.validation_dataset}
-        for role, dataset in (prepared | held_out_datasets(self.eval_dataset)).items():
-            if dataset is not None:
-                check_lengths(role, datasets[role], dataset, args.max_length, self.model.config.get_text_config())
-        rows = PreparedRows(self.train_dataset)
-        validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
-        self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
+        self._prepare_validation_rows(datasets)
         # What the run directory gets: the command line adds the model, the files and their bad rows, see `tamis.run`.
         self.config_settings = args.given_settings
         self.skipped_rows: list[dict[str, Any]] = []
         self.recorder = Recorder(self._output_dir) if self.accelerator.is_main_process else None
+        self._make_weighting(selector)
+
+    def _prepare_validation_rows(self, datasets: dict[str, Dataset]) -> None:
+        """Prepare them as TRL has prepared the others, and say what became of the rows of all data sets."""
+        self.validation_dataset = None
+        if self._validation_rows is not None:
+            self.validation_dataset = self._prepare_dataset(
+                self._validation_rows, self.processing_class, self.args, False, self._formatting_func, "validation"
+            )
+        prepared = {"train_dataset": self.train_dataset, "validation_dataset": self.validation_dataset}
+        for role, dataset in (prepared | held_out_datasets(self.eval_dataset)).items():
+            if dataset is not None:
+                check_lengths(role, datasets[role], dataset, self.args.max_length, self.model.config.get_text_config())
+
+    def _make_weighting(self, selector: Selector | None) -> None:
+        args, validation_dataset = self.args, self.validation_dataset
+        rows = PreparedRows(self.train_dataset)
+        validation_rows = None if validation_dataset is None else PreparedRows(validation_dataset)
+        self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
         self.weighting = RowWeighting(
             args,
             self.resolved,
@@ -174,13 +171,13 @@ class BilevelTrainer(RowEvaluation):
             processing_class=self._tokenizer,
             train_rows=self._train_rows,
             train_dataset=self.train_dataset,
-            validation_dataset=self.validation_dataset,
+            validation_dataset=validation_dataset,
             batches=self.batches,
             recorder=self.recorder,
         )
         self.weighting.plan(self.num_steps())
-        name, num_ranks = args.selector if selector is None else type(selector).__name__, args.world_size
-        self._identity = checkpoints.identify(args, self.resolved, self._fingerprints, name, num_ranks)
+        name = args.selector if selector is None else type(selector).__name__
+        self._identity = checkpoints.identify(args, self.resolved, self._fingerprints, name, args.world_size)
 
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -321,8 +318,7 @@ class BilevelTrainer(RowEvaluation):
         """
         if not resume_from_checkpoint:
             return None
-        is_last = resume_from_checkpoint in (True, "last")
-        checkpoint = last_complete_checkpoint(self._output_dir) if is_last else str(resume_from_checkpoint)
+        checkpoint = find_checkpoint(self._output_dir, resume_from_checkpoint)
         checkpoints.refuse_foreign(checkpoint, self._identity)
         return checkpoint
 

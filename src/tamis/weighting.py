@@ -109,7 +109,7 @@ class RowWeighting:
         self._step = 0
         self._window: list[tuple[Tensor, ...]] = []
         self._refresh_metrics: dict[str, float] = {}
-        self._is_short_of_responses = False
+        self._is_short_of_responses = self._has_told_refresh = False  # each is said once
 
     def _make_scout(self) -> Scout | None:
         """None where no row is scored before training, and no generated response is compared with the base model."""
@@ -255,9 +255,10 @@ class RowWeighting:
             logger.warning(f"step {step}: no new responses, training goes on with those there are ({error})")
             refiner.last_refresh = step
             return
-        logger.info(refiner.summary(step))
+        logger.log(logging.DEBUG if self._has_told_refresh else logging.INFO, refiner.summary(step))
+        self._has_told_refresh = True  # the metrics have the later ones
         if len(refiner.buffer.rows) < len(records) / 2 and not self._is_short_of_responses:
-            self._is_short_of_responses = True  # said once
+            self._is_short_of_responses = True
             logger.warning(
                 "most rows got no usable response: raise `max_new_tokens`, or see to it that the model ends its "
                 "responses (`eos_token`)"
