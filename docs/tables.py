@@ -210,6 +210,15 @@ def _quoted(text: str) -> str:
     return "\n".join(f"> {line}".rstrip() for line in lines)
 
 
+def deployed_table(results: dict[str, Any]) -> str:
+    """One line per scenario of `benchmarks/deployed.py`."""
+    lines = [
+        [f"`{row['scenario']}`", f"{row['match_of_the_run']:.3f}", f"{row['match_of_the_card']:.3f}"]
+        for row in results["rows"]
+    ]
+    return _table("rows and model | match that the run prints | match of the card's snippet", lines)
+
+
 def estimates_table() -> str:
     """Estimates of tamis against the truth, over all runs of each benchmark in `ESTIMATES`."""
     columns = "benchmark | runs | believed | right rows | error | AUROC of believed | error"
@@ -332,6 +341,7 @@ def fill(text: str) -> str:
             "sigmorphon": sigmorphon_table,
             "refining": refining_table,
             "scouting": scouting_table,
+            "deployed": deployed_table,
             "llm.scouting": llm_scouting_table,
             "llm.losses": llm_losses_table,
             "llm_samples": llm_samples,

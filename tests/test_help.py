@@ -13,6 +13,7 @@ from trl import ModelConfig
 
 from tamis.cli import main
 from tamis.config import BilevelConfig
+from tamis.curation.select import SelectArguments
 from tamis.help import OPTIONS, short_help
 from tamis.parser import did_you_mean, make_train_parser
 from tamis.run import DataArguments
@@ -123,3 +124,18 @@ def test_the_extras_that_the_readme_names():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {"gpu", "vllm", "wandb"} <= set(project["optional-dependencies"])
     assert 'pip install .               # or ".[gpu,vllm,wandb]"' in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_help_of_scoring_has_what_scoring_reads(capsys):
+    assert main(["score", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: tamis score") and "tamis select scores" in text and "--validation_dataset" in text
+    assert "--max_steps" not in text and "--refine_fraction" not in text and len(text.splitlines()) <= 50
+
+
+def test_the_help_of_selecting_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["select", "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: tamis select RUN --output_dir DIR")
+    assert all(f"--{field.name}" in text for field in fields(SelectArguments))

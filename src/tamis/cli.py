@@ -16,10 +16,12 @@ from tamis.stopping import Stopped, StopSignals
 USAGE = """usage: tamis COMMAND [options]
 
   train   fine-tune a model on doubtful rows under the guidance of trusted ones; learns a weight for every row
+  score   weigh every row without training: how likely it is right
+  select  write the rows that a run or a scoring keeps, in files of their own format
   demo    make a small world and compare tamis with its alternatives on it (CPU, a few minutes)
 
 `tamis COMMAND --help` lists the options, `tamis --version` tells the version."""
-COMMANDS = ("train", "demo")
+COMMANDS = ("train", "score", "select", "demo")
 logger = logging.getLogger(__name__)
 
 
@@ -36,15 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
         return 2
-    if command == "train" and ("-h" in options or "--help" in options):
-        print(short_help(), end="")
+    if command in ("train", "score") and ("-h" in options or "--help" in options):
+        print(short_help(command), end="")
         return 0
     from tamis.errors import explain
 
     with ExitStack() as terminal:
         try:
             with StopSignals() as stop:
-                return _run_train(options, terminal, stop) if command == "train" else _run_demo(options, terminal)
+                return _RUN[command](options, terminal, stop)
         except Stopped as stopped:
             code, text = stopped.exit_code, str(stopped)
         except Exception as error:
@@ -60,19 +62,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_train(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
-    from tamis.parser import make_train_parser
     from tamis.run import train
     from tamis.summary import format_summary, summarize
-    from tamis.terminal import quiet_terminal
 
-    parser = make_train_parser()
-    if "--help_all" in options:
-        print(parser.format_help(), end="")
+    if (settings := _settings("train", options, terminal)) is None:
         return 0
-    with quiet_terminal("passive"):
-        data, args, model_args = parser.parse_args_and_config(options)
-    log_level = args.log_level if args.process_index == 0 else args.log_level_replica
-    terminal.enter_context(quiet_terminal(log_level))
+    data, args, model_args = settings
     # The summary tells what the run has changed: by the model as it was, unless the run goes on from a later one.
     has_held_out = data.eval_dataset is not None
     args.eval_on_start = args.eval_on_start or (has_held_out and not args.resume_from_checkpoint)
@@ -82,7 +77,52 @@ def _run_train(options: list[str], terminal: ExitStack, stop: StopSignals) -> in
     return 0
 
 
-def _run_demo(options: list[str], terminal: ExitStack) -> int:
+def _run_score(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
+    from tamis.run import score
+    from tamis.summary import format_summary, summarize_scores
+
+    if (settings := _settings("score", options, terminal)) is None:
+        return 0
+    data, args, model_args = settings
+    score(data, args, model_args, stop=stop)
+    if args.process_index == 0:
+        print(format_summary(summarize_scores(str(args.output_dir))))
+    return 0
+
+
+def _settings(command: str, options: list[str], terminal: ExitStack) -> Any:
+    """What the options say; None where they ask for the whole help, which is printed."""
+    from tamis.parser import make_train_parser
+    from tamis.terminal import quiet_terminal
+
+    parser = make_train_parser(command)
+    if "--help_all" in options:
+        print(parser.format_help(), end="")
+        return None
+    with quiet_terminal("passive"):
+        data, args, model_args = parser.parse_args_and_config(options)
+    log_level = args.log_level if args.process_index == 0 else args.log_level_replica
+    terminal.enter_context(quiet_terminal(log_level))
+    return data, args, model_args
+
+
+def _run_select(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
+    from tamis.curation.select import SelectArguments, select
+    from tamis.parser import StrictParser
+    from tamis.summary import format_summary
+    from tamis.terminal import quiet_terminal
+
+    dataclass_types: Any = (SelectArguments,)
+    parser = StrictParser(dataclass_types, prog="tamis select", usage="tamis select RUN --output_dir DIR [options]")
+    if options and not options[0].startswith("-"):
+        options = ["--weights", *options]
+    (arguments,) = parser.parse_args_and_config(options)
+    terminal.enter_context(quiet_terminal("passive"))
+    print(format_summary(select(arguments)))
+    return 0
+
+
+def _run_demo(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
     from tamis.demo.run import DemoArguments, run_demo
     from tamis.parser import StrictParser
     from tamis.terminal import quiet_terminal
@@ -95,6 +135,8 @@ def _run_demo(options: list[str], terminal: ExitStack) -> int:
     run_demo(arguments)
     return 0
 
+
+_RUN = {"train": _run_train, "score": _run_score, "select": _run_select, "demo": _run_demo}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,38 +3,31 @@
 Every error is one line that names the file, the row and the column, and says what to do. Rows are counted from 0.
 """
 
-import csv
-import gzip
 import hashlib
-import io
-import json
 import logging
 import re
-import reprlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.config import HF_DATASETS_CACHE, HF_HUB_OFFLINE
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from tamis.bad_rows import BadRow, RowSieve
+from tamis.bad_rows import RowSieve
 from tamis.layouts import EXTRAS, chatml, choose_columns, names_by_kind, normalized
+from tamis.readers import SUFFIXES, kind_of, one_line, read_file
 from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, place_in_file
-from tamis.settings import first_line, warn_without_effect
+from tamis.settings import warn_without_effect
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _TIMEOUT = 10.0  # seconds, for one question to the hub
-_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def load_rows(
@@ -72,16 +65,34 @@ def load_rows(
         ValueError: nothing is there, it cannot be read, no layout is recognised, or a row fails a check of
             `tamis.rows`.
     """
+    columns = {"prompt_column": prompt_column, "response_column": response_column, "weight_column": weight_column}
+    tables = [
+        read_rows(origin, name, role=role, skipped=skipped, **columns)
+        for name, origin in origins_of(str(source), role, split)
+    ]
+    return joined(tables, str(source))
+
+
+def read_rows(
+    origin: Path | Dataset,
+    name: str,
+    *,
+    role: str,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    weight_column: str | None = None,
+    skipped: list[dict[str, Any]] | None = None,
+) -> pa.Table:
+    """The rows of one file, or of a data set that is no file, as `load_rows` has them.
+
+    Raises:
+        ValueError: see there.
+    """
     named = tuple(column for column in (prompt_column, response_column) if column is not None)
     if len(set(named)) == 1:
         raise ValueError(f"{role}: `prompt_column` and `response_column` go together and name two columns.")
-    return joined(
-        [
-            _canonical(rows, name, named, weight_column, skipped)
-            for name, rows in _read_source(str(source), role, split)
-        ],
-        str(source),
-    )
+    rows = read_file(origin, name) if isinstance(origin, Path) else origin
+    return _canonical(rows, name, named, weight_column, skipped)
 
 
 def joined(parts: list[pa.Table], name: str) -> Dataset:
@@ -109,27 +120,30 @@ def rows_of(dataset: Dataset, role: str) -> Dataset:
     return Dataset(table, fingerprint=_digest(table))
 
 
-def _read_source(source: str, role: str, split: str) -> Iterator[tuple[str, Rows]]:
-    """Yield (name, rows) for each file of `source`."""
+def origins_of(source: str, role: str, split: str) -> Iterator[tuple[str, Path | Dataset]]:
+    """Yield the name and the origin of everything that `source` names: files, or a data set that is no file.
+
+    Raises:
+        ValueError: see `load_rows`.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         name = f"{role.removesuffix('_dataset')}_split"
         warn_without_effect([name] if split != "train" else [], {f"{path.name} is a file": [name]})
-        yield path.name, _read_file(path, path.name)
+        yield path.name, path
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        with _one_line(f"{source}: cannot be read as a saved data set; check that it is whole"):
+        with one_line(f"{source}: cannot be read as a saved data set; check that it is whole"):
             saved = load_from_disk(str(path))
         yield path.name, _pick(saved, split, source) if isinstance(saved, DatasetDict) else saved
     elif source and path.is_dir():
         path = path.resolve()
         for file in _files_of_folder(path, source, split):
-            name = (path.name / file.relative_to(path)).as_posix()
-            yield name, _read_file(file, name)
+            yield (path.name / file.relative_to(path)).as_posix(), file
     elif _looks_like_path(source):
         raise ValueError(f"{source}: no such file or folder. Check `{role}`.")
     else:
         name, _, config = source.partition(":")
-        with _one_line(f"{source}: no such file or folder, nor a hub data set with split {split!r}; check `{role}`"):
+        with one_line(f"{source}: no such file or folder, nor a hub data set with split {split!r}; check `{role}`"):
             _ask_hub(name)
             dataset = load_dataset(name, config or None, split=split)
         yield source, dataset
@@ -143,16 +157,8 @@ def _ask_hub(name: str) -> None:
         HfApi().dataset_info(name, timeout=_TIMEOUT)
 
 
-@contextmanager
-def _one_line(problem: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # hub, network, pyarrow, gzip and damaged files raise a dozen kinds
-        raise ValueError(f"{problem} ({type(error).__name__}: {first_line(error)}).") from error
-
-
 def _looks_like_path(source: str) -> bool:
-    may_be_hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:.+)?", source) and _kind(Path(source)) not in SUFFIXES
+    may_be_hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:.+)?", source) and kind_of(Path(source)) not in SUFFIXES
     return not may_be_hub_name or ("/" in source and Path(source).parent.is_dir())
 
 
@@ -164,121 +170,14 @@ def _pick(splits: Mapping[Any, Any], split: str, source: str) -> Any:
 
 def _files_of_folder(path: Path, source: str, split: str) -> list[Path]:
     """Return the files of one split by the rules of `datasets`: by names of files and folders."""
-    present = {file for file in path.rglob("*") if file.is_file() and _kind(file) in SUFFIXES}
+    present = {file for file in path.rglob("*") if file.is_file() and kind_of(file) in SUFFIXES}
     if not present:
         raise ValueError(f"{source}: the folder has no files of rows. Give it some, of {', '.join(SUFFIXES)}.")
-    with _one_line(f"{source}: the folder cannot be read"):
+    with one_line(f"{source}: the folder cannot be read"):
         splits = load_dataset_builder(str(path)).config.data_files or {}
     for file in sorted(present - {Path(file) for files in splits.values() for file in files}):
         logger.warning("%s: %s is left out: by its name or its kind it belongs to no split", source, file.name)
     return [Path(file) for file in _pick(splits, split, source)]
-
-
-def _kind(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def _read_file(path: Path, name: str) -> Rows:
-    # Not by `datasets`, whose readers turn the answers NA, 007 and 2024-01-02 into null, 7.0 and a timestamp.
-    kind = _kind(path)
-    if kind not in SUFFIXES:
-        raise ValueError(f"{name}: unknown kind of file. Give one of {', '.join(SUFFIXES)}.")
-    if kind == ".parquet":
-        with _one_line(f"{name}: cannot be read as Parquet; check that it is whole"):
-            return Dataset(pq.read_table(path, partitioning=None))
-    lines = _lines(path, name)
-    if kind in (".csv", ".tsv"):
-        return _parse_csv(lines, name, "," if kind == ".csv" else "\t")
-    return _parse_json(lines, name) if kind == ".json" else _parse_json_lines(lines, name)
-
-
-def _lines(path: Path, name: str) -> Iterator[str]:
-    """Yield the lines of a text file, with their ends, split at \\n alone: U+2028 may stand inside a JSON string."""
-    with (
-        _one_line(f"{name}: cannot be read as UTF-8 text; convert it, or check that it is whole"),
-        gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file,
-    ):
-        for number, line in enumerate(file, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                error.reason += f" (line {number})"
-                raise
-
-
-def _parse_json(lines: Iterator[str], name: str) -> Iterator[dict[str, Any]]:
-    """Parse a list of objects, or objects on lines of their own."""
-    text = "".join(lines)
-    if not text.lstrip().startswith("["):
-        yield from _parse_json_lines(iter(text.split("\n")), name)
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}, line {error.lineno}: {_not_json(error)}") from error
-    may_break = _HALF_A_PAIR.search(text) is not None
-    for i, row in enumerate(rows):
-        _check_object(row, name, i, may_break)
-        yield row
-
-
-def _parse_json_lines(lines: Iterator[str], name: str) -> Iterator[dict[str, Any]]:
-    num_rows = num_blank = num_skipped = 0  # blank lines at the end of the file are not worth a word
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            num_blank += 1
-            continue
-        num_skipped = num_blank
-        try:
-            row = json.loads(line.removesuffix("\n"))
-            _check_object(row, name, num_rows, _HALF_A_PAIR.search(line) is not None)
-        except json.JSONDecodeError as error:
-            where = f"row {num_rows} (line {number}), which must be one whole object"
-            row = BadRow(f"{name}, {where}: {_not_json(error)}", line)
-        except ValueError as error:
-            row = BadRow(str(error), line)
-        yield row
-        num_rows += 1
-    if num_skipped:
-        logger.info("%s: %d blank lines are skipped; rows and lines are counted without them", name, num_skipped)
-
-
-def _not_json(error: json.JSONDecodeError) -> str:
-    return f"not valid JSON ({error.msg} at character {error.colno}). Correct it."
-
-
-def _check_object(row: Any, name: str, i: int, may_break: bool) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"{place_in_file(name, i)}: {reprlib.repr(row)} is not an object with named values. Correct it."
-        )
-    if may_break:  # JSON may escape half of a surrogate pair, which no UTF-8 text can hold
-        with _one_line(f"{place_in_file(name, i)}: half of a surrogate pair"):
-            json.dumps(row, ensure_ascii=False).encode()
-
-
-def _parse_csv(lines: Iterator[str], name: str, delimiter: str) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 KiB, is less than a long answer
-    # The reader wants lines that end at a bare \r as well.
-    lines = chain.from_iterable(io.StringIO(line, newline="") for line in lines)
-    reader, num_rows = csv.reader(lines, delimiter=delimiter, strict=True), 0
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise csv.Error(f"a column is named twice in the header {', '.join(header)}")
-        for row in reader:
-            if row and len(row) != len(header):
-                error = f"{len(row)} values for {len(header)} columns"
-                yield BadRow(_not_csv(name, num_rows, reader.line_num, error), delimiter.join(row))
-            elif row:
-                yield dict(zip(header, row, strict=True))
-            num_rows += bool(row)
-    except csv.Error as error:
-        raise ValueError(_not_csv(name, num_rows, reader.line_num, error)) from error
-
-
-def _not_csv(name: str, row: int, line: int, error: csv.Error | str) -> str:
-    return f"{name}, row {row} (line {line}): {error}. Check the separators and the quotes."
 
 
 def _canonical(
@@ -311,7 +210,7 @@ def _canonical(
         row_numbers += [first + i for i in kept]
         if kept and check.is_good:
             columns = {kind: [values[i] for i in kept] for kind, values in columns.items()}
-            with _one_line(f"{name}: the rows do not fit into one table"):
+            with one_line(f"{name}: the rows do not fit into one table"):
                 tables.append(pa.table(normalized(columns)))
     if check.num_rows == 0:
         raise ValueError(f"{name}: there are no rows. Give a file with at least one row.")
@@ -334,7 +233,7 @@ def _layout(table: pa.Table) -> set[str]:
 
 
 def _one_table(tables: list[pa.Table], name: str) -> pa.Table:
-    with _one_line(f"{name}: the rows do not fit into one table"):
+    with one_line(f"{name}: the rows do not fit into one table"):
         # permissive: some messages have fields that others have not
         return pa.concat_tables(tables, promote_options="permissive")
 

@@ -1,16 +1,27 @@
-"""The short help of `tamis train`: examples, then the options that matter, in order of need.
+"""The short help of `tamis train` and `tamis score`: examples, then the options that matter, in order of need.
 
 It imports nothing but argparse, so that it is there at once. `--help_all` has every option, from the parser itself.
 """
 
 import argparse
 
-EXAMPLES = """examples:
+EXAMPLES = {
+    "train": """examples:
   tamis train --model_name_or_path Qwen/Qwen3-0.6B --train_dataset train.jsonl \\
     --validation_dataset validation.jsonl --output_dir run
   tamis train --config run/config.yaml --output_dir again     the same run once more
   tamis train --config run/config.yaml --output_dir run --resume_from_checkpoint last
-"""
+""",
+    "score": """examples:
+  tamis score --model_name_or_path Qwen/Qwen3-0.6B --train_dataset train.jsonl \\
+    --validation_dataset validation.jsonl --output_dir scores
+  tamis select scores --output_dir clean                      the rows that are likely right, in files of their own
+""",
+}
+_WHAT = {
+    "train": "Fine-tune a model on doubtful rows under the guidance of trusted ones.",
+    "score": "Say how likely each doubtful row is right, by what trusted rows teach a model; nothing is trained.",
+}
 # By option: what its value is called, and what it does. A test holds the defaults, in brackets, against the settings.
 OPTIONS: dict[str, tuple[str, str]] = {
     "model_name_or_path": ("MODEL", "folder or hub name"),
@@ -36,17 +47,24 @@ OPTIONS: dict[str, tuple[str, str]] = {
 }
 
 
-def short_help() -> str:
-    """The text of `tamis train --help`."""
+_NOT_OF_SCORE = (
+    "eval_dataset", "num_train_epochs", "max_steps", "selector", "refine_fraction", "resume_from_checkpoint",
+)  # fmt: skip
+
+
+def short_help(command: str = "train") -> str:
+    """The text of `tamis train --help`, or of `tamis score --help`."""
     parser = argparse.ArgumentParser(
-        prog="tamis train",
-        usage="tamis train --model_name_or_path MODEL --train_dataset FILE [options]",
-        description=f"Fine-tune a model on doubtful rows under the guidance of trusted ones.\n\n{EXAMPLES}",
+        prog=f"tamis {command}",
+        usage=f"tamis {command} --model_name_or_path MODEL --train_dataset FILE [options]",
+        description=f"{_WHAT[command]}\n\n{EXAMPLES[command]}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36),
         add_help=False,
     )
     options = parser.add_argument_group("options, in order of need")
     for name, (metavar, text) in OPTIONS.items():
+        if command == "score" and name in _NOT_OF_SCORE:
+            continue
         if metavar:
             options.add_argument(f"--{name}", metavar=metavar, help=text)
         else:

@@ -102,7 +102,8 @@ def refuse_earlier_run(output_dir: str | Path) -> None:
             no configuration of a run.
     """
     folder = Path(output_dir)
-    if any(next(folder.glob(trace), None) for trace in ("metrics.jsonl", "checkpoint-*", *_MODEL_FILES)):
+    traces = ("metrics.jsonl", "checkpoint-*", *_MODEL_FILES)
+    if finished_step(folder) is not None or any(next(folder.glob(trace), None) for trace in traces):
         raise ValueError(
             f"{output_dir} holds a run already: choose another `output_dir`, go on with `resume_from_checkpoint`, "
             "or replace it with `overwrite_output_dir=True`"

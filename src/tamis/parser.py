@@ -27,11 +27,11 @@ _SCALARS = (bool, int, float)
 _BOTH_SPELLINGS = re.compile(r"(--\w+)/[\w/-]+")  # --max_steps/--max-steps
 
 
-def make_train_parser() -> TrlParser:
-    """The parser of `tamis train`."""
+def make_train_parser(command: str = "train") -> TrlParser:
+    """The parser of `tamis train`, and of `tamis score`."""
     dataclass_types: Any = (DataArguments, BilevelConfig, ModelConfig)
-    usage = "tamis train --model_name_or_path MODEL --train_dataset FILE [options]"
-    return _GroupedParser(dataclass_types, prog="tamis train", usage=usage)
+    usage = f"tamis {command} --model_name_or_path MODEL --train_dataset FILE [options]"
+    return _GroupedParser(dataclass_types, prog=f"tamis {command}", usage=usage)
 
 
 class StrictParser(TrlParser):

@@ -2,7 +2,8 @@
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from tamis.config import BilevelConfig
+from tamis.config import REFINING_FIELDS, BilevelConfig
 from tamis.data import load_rows
 from tamis.inference import show_row, write_example
 from tamis.output_dir import claimed, config_path, finished_step, mark_finished, refuse_busy, refuse_earlier_run
@@ -221,6 +222,40 @@ def train(
         if is_main_process:
             mark_finished(output_dir, trainer.state.global_step)
     return metrics
+
+
+def score(
+    data: DataArguments, args: BilevelConfig, model_args: ModelConfig, *, stop: StopSignals | None = None
+) -> None:
+    """One run of `tamis score`: what `train` does before its first step, which weighs every row, and no more.
+
+    Leaves `config.yaml`, `scout.json` and `weights.parquet`. The weights are those that `train` would give.
+
+    Raises:
+        ValueError: see `train`; or the selector does not score rows before training.
+        Stopped: by a signal.
+    """
+    if not args.scouts():
+        raise ValueError(f"selector '{args.selector}' learns its weights while it trains: choose `selector='scout'`")
+    inactive = ["eval_dataset", "num_train_epochs", "max_steps", "rho", "rho_start", *REFINING_FIELDS]
+    given = [*given_fields(data), *args.given_settings]
+    warn_without_effect(given, {"nothing is trained": inactive})
+    data, args = replace(data, eval_dataset=None), copy(args)
+    args.rho = args.rho_start = None
+    args.refine_fraction, args.eval_strategy, args.save_strategy = "0", "no", "no"
+    output_dir, stop = str(args.output_dir), stop or StopSignals()
+    if args.process_index == 0:
+        refuse_busy(output_dir)
+        if not args.overwrite_output_dir:
+            refuse_earlier_run(output_dir)
+    trainer = make_trainer(data, args, model_args)
+    use_progress(trainer, ProgressCallback("training"))
+    stop.hint = ": the same command starts again"
+    trainer.args.max_steps = 0
+    with claimed(output_dir) if args.process_index == 0 else nullcontext():
+        trainer.train()
+        if args.process_index == 0:
+            mark_finished(output_dir, 0)
 
 
 def _is_finished(trainer: BilevelTrainer, resume: str | bool) -> bool:

@@ -37,12 +37,7 @@ def load_sources(
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{source}: the weight {weight} is not a finite number >= 0. Correct `source_weights`")
     paths = [(path, k) for k, source in enumerate(sources) for path in _matches(source, role)]
-    seen = set[str]()
-    for path, _ in paths:
-        same = os.path.realpath(path) if os.path.exists(path) else path
-        if same in seen:
-            raise ValueError(f"{path}: named twice in {role}. Name it once")
-        seen.add(same)
+    _refuse_twice([path for path, _ in paths], role)
     names = [Path(path).name for path, _ in paths]
     tables = []
     for (path, k), name in zip(paths, names, strict=True):
@@ -53,6 +48,26 @@ def load_sources(
             table = _replace(table, "source", pa.repeat(path, len(table)))
         tables.append(table)
     return joined(tables, role)
+
+
+def paths_of(sources: Sequence[str], role: str) -> list[str]:
+    """What `load_sources` loads, in its order, with patterns of files resolved.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a file is named twice.
+    """
+    paths = [path for source in sources for path in _matches(source, role)]
+    _refuse_twice(paths, role)
+    return paths
+
+
+def _refuse_twice(paths: list[str], role: str) -> None:
+    seen = set[str]()
+    for path in paths:
+        same = os.path.realpath(path) if os.path.exists(path) else path
+        if same in seen:
+            raise ValueError(f"{path}: named twice in {role}. Name it once")
+        seen.add(same)
 
 
 def _matches(source: str, role: str) -> list[str]:

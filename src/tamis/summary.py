@@ -19,14 +19,25 @@ def summarize(output_dir: str | Path, *, has_held_out: bool) -> list[tuple[str, 
     """
     folder = Path(output_dir)
     lines = _held_out(folder) if has_held_out else []
-    is_kept = pq.read_table(folder / "weights.parquet", columns=["kept"])["kept"]
-    num_kept = pc.sum(is_kept).as_py() or 0
-    lines.append(("rows kept", f"{num_kept} of {len(is_kept)} ({num_kept / len(is_kept):.0%})"))
+    lines.append(_rows_kept(folder))
     lines.append(("model", str(folder)))
     lines.append(("weights", str(folder / "weights.parquet")))
     if (folder / "refinements.parquet").is_file():
         lines.append(("responses", str(folder / "refinements.parquet")))
     return [*lines, ("next", _next_command(folder))]
+
+
+def summarize_scores(output_dir: str | Path) -> list[tuple[str, str]]:
+    """The same of `tamis score`."""
+    folder = Path(output_dir)
+    lines = [_rows_kept(folder), ("weights", str(folder / "weights.parquet"))]
+    return [*lines, ("next", f"tamis select {folder} --output_dir {folder}-clean")]
+
+
+def _rows_kept(folder: Path) -> tuple[str, str]:
+    is_kept = pq.read_table(folder / "weights.parquet", columns=["kept"])["kept"]
+    num_kept = pc.sum(is_kept).as_py() or 0
+    return "rows kept", f"{num_kept} of {len(is_kept)} ({num_kept / len(is_kept):.0%})"
 
 
 def _held_out(folder: Path) -> list[tuple[str, str]]:

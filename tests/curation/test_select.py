@@ -1,0 +1,277 @@
+"""`tamis select`: kept rows come out as they went in, in every format; rows that have changed are refused."""
+
+import csv
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import message_of
+from datasets import Dataset, DatasetDict, load_from_disk
+
+from tamis.cli import main
+from tamis.curation.select import SelectArguments, select
+from tamis.output_dir import write_config
+from tamis.rows import check_rows, row_table
+from tamis.sources import load_sources
+
+ROWS = [
+    {"prompt": "1=", "completion": "11", "note": "é"},
+    {"prompt": "2=", "completion": 'say "no",\nthen go', "note": "007"},
+    {"prompt": "3=", "completion": "33", "note": ""},
+    {"prompt": "4=", "completion": "44", "note": "NA"},
+]
+P_RIGHT = [0.9, 0.7, 0.1, 0.8]
+
+
+@pytest.fixture
+def weigh(tmp_path, monkeypatch):
+    """Weigh the rows of files, as a run in the folder ``run`` has; the working directory holds the files."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(*sources, p_right=P_RIGHT, **config):
+        options = {name: config[name] for name in ("prompt_column", "response_column") if name in config}
+        split = config.get("train_split", "train")
+        skipped = [] if config.get("skip_bad_rows") else None
+        rows = load_sources([str(s) for s in sources], role="train_dataset", split=split, skipped=skipped, **options)
+        weights = row_table(rows, check_rows(rows, "train_dataset"))
+        p_right = np.resize(p_right, len(rows))
+        columns = {"weight": p_right**2 / np.mean(p_right**2), "p_right": p_right, "score": np.log(p_right)}
+        for name, values in (columns | {"kept": p_right >= 0.5}).items():
+            weights = weights.append_column(name, pa.array(values))
+        (tmp_path / "run").mkdir(exist_ok=True)
+        pq.write_table(weights, tmp_path / "run" / "weights.parquet")
+        settings = {"train_dataset": list(map(str, sources)), **config, "run_info": {"format_version": 4}}
+        write_config(tmp_path / "run/config.yaml", settings)
+        return tmp_path
+
+    return make
+
+
+def chosen(**settings):
+    return select(SelectArguments(**{"weights": "run", "output_dir": "clean"} | settings))
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def as_csv(path, rows, delimiter=",", end="\r\n"):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter, lineterminator=end)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_json_stay_to_the_byte(weigh, tmp_path):
+    lines = ['{"prompt":"1=", "completion" : "\\u0031", "x": 1.50e2}', '{"prompt": "2=", "completion": "2", "k":[ ]}']
+    (tmp_path / "a.jsonl").write_text(f"{lines[0]}\n\n{lines[1]}")
+    weigh("a.jsonl", p_right=[0.9, 0.9])
+    chosen()
+    assert (tmp_path / "clean/a.jsonl").read_text() == f"{lines[0]}\n{lines[1]}\n"
+
+
+def test_json_lines_packed_or_not(weigh, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(ROWS).encode()))
+    weigh("a.jsonl", "b.jsonl.gz")
+    chosen(dropped_dir="dropped")
+    kept, dropped = json_lines(ROWS[:2] + ROWS[3:]), json_lines(ROWS[2:3])
+    for folder, expected in (("clean", kept), ("dropped", dropped)):
+        assert (tmp_path / folder / "a.jsonl").read_text(encoding="utf-8") == expected
+        assert gzip.decompress((tmp_path / folder / "b.jsonl.gz").read_bytes()).decode() == expected
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_of_json(weigh, tmp_path, indent):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=indent), encoding="utf-8")
+    weigh("a.json")
+    chosen()
+    text = (tmp_path / "clean/a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == ROWS[:2] + ROWS[3:] and ("\n  " in text) == bool(indent)
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t")])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_records_of_csv_stay_to_the_byte(weigh, tmp_path, name, delimiter, end):
+    as_csv(tmp_path / name, ROWS, delimiter, end)
+    weigh(name)
+    chosen()
+    as_csv(tmp_path / "expected", ROWS[:2] + ROWS[3:], delimiter, end)
+    assert (tmp_path / "clean" / name).read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_parquet_keeps_its_schema(weigh, tmp_path):
+    table = pa.Table.from_pylist(ROWS).append_column("vector", pa.array([[1.5]] * 4, pa.list_(pa.float16())))
+    table = table.replace_schema_metadata({"made by": "a user"})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    weigh("a.parquet")
+    chosen()
+    found = pq.read_table(tmp_path / "clean/a.parquet")
+    assert found.equals(table.take([0, 1, 3])) and found.schema.metadata[b"made by"] == b"a user"
+
+
+def test_saved_data_sets_and_their_splits(weigh, tmp_path):
+    rows = Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows.select([0]), "more": rows}).save_to_disk(tmp_path / "many")
+    for name, config in (("one", {}), ("many", {"train_split": "more"})):
+        weigh(name, **config)
+        chosen(output_dir=f"clean-{name}")
+        found = load_from_disk(tmp_path / f"clean-{name}" / name)
+        assert found.to_list() == ROWS[:2] + ROWS[3:] and found.features == rows.features
+
+
+def test_folders_and_patterns_keep_their_names(weigh, tmp_path):
+    (tmp_path / "data/train").mkdir(parents=True)
+    for name in ("data/train/a.jsonl", "data/train/b.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text(json_lines(ROWS), encoding="utf-8")
+    weigh("data", "mo*.jsonl")
+    chosen()
+    found = sorted(path.relative_to(tmp_path / "clean").as_posix() for path in (tmp_path / "clean").rglob("*.jsonl"))
+    assert found == ["data/train/a.jsonl", "data/train/b.jsonl", "more.jsonl"]
+
+
+def test_rows_that_were_skipped_are_neither_kept_nor_dropped(weigh, tmp_path):
+    bad = ["not json", '{"prompt": "9=", "completion": ""}']
+    lines = json_lines(ROWS).splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], bad[0], *lines[1:], bad[1]]), encoding="utf-8")
+    weigh("a.jsonl", skip_bad_rows=True)
+    chosen(dropped_dir="dropped", add_columns=True)
+    kept = [json.loads(line) for line in (tmp_path / "clean/a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in kept] == ["1=", "2=", "4="]
+    assert [row["tamis_p_right"] for row in kept] == [0.9, 0.7, 0.8]
+    assert (tmp_path / "dropped/a.jsonl").read_text(encoding="utf-8").count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "saved"])
+def test_what_the_run_knows_can_stand_beside_each_row(weigh, tmp_path, name):
+    write = {
+        "a.jsonl": lambda path: path.write_text(json_lines(ROWS), encoding="utf-8"),
+        "a.json": lambda path: path.write_text(json.dumps(ROWS), encoding="utf-8"),
+        "a.csv": lambda path: as_csv(path, ROWS),
+        "a.tsv": lambda path: as_csv(path, ROWS, "\t"),
+        "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
+        "saved": lambda path: Dataset.from_list(ROWS).save_to_disk(path),
+    }[name]
+    write(tmp_path / name)
+    weigh(name)
+    chosen(add_columns=True)
+    again = load_sources(["clean/" + name], role="train_dataset", weight_column="tamis_weight")
+    squares = np.square(P_RIGHT) / np.mean(np.square(P_RIGHT))
+    assert again["weight"][:] == pytest.approx(squares[[0, 1, 3]].tolist(), rel=1e-5)
+    assert again["completion"][:] == [ROWS[i]["completion"] for i in (0, 1, 3)]
+    (tmp_path / name).rename(tmp_path / "before")
+    (tmp_path / "clean" / name).rename(tmp_path / name)
+    weigh(name)
+    message = message_of(lambda: chosen(output_dir="second", add_columns=True))
+    assert 'there is a column "tamis_weight" already' in message
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: [lines[0].replace("11", "12"), *lines[1:]], "a.jsonl, row 0 (line 1) does not say what it said"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "a.jsonl, row 0 (line 1) does not say"),
+        (lambda lines: lines[1:], "a.jsonl, row 0 (line 1) does not say"),
+        (lambda lines: lines[:-1], "4 rows were weighed, and there are 3"),
+        (lambda lines: [*lines, lines[0]], "a.jsonl: rows were added since they were weighed"),
+    ],
+)
+def test_rows_that_have_changed_are_refused(weigh, tmp_path, change, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json_lines(ROWS), encoding="utf-8")
+    weigh("a.jsonl")
+    path.write_text("\n".join(change(path.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
+    assert message in message_of(chosen)
+    assert not (tmp_path / "clean").exists()
+
+
+def test_columns_that_are_not_read_may_change(weigh, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    weigh("a.jsonl")
+    (tmp_path / "a.jsonl").write_text(json_lines(row | {"note": "new"} for row in ROWS), encoding="utf-8")
+    chosen()
+    assert (tmp_path / "clean/a.jsonl").read_text(encoding="utf-8").count('"note": "new"') == 3
+
+
+def test_nothing_is_overwritten_and_no_file_is_its_own_source(weigh, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    weigh("a.jsonl")
+    chosen()
+    before = (tmp_path / "clean/a.jsonl").read_bytes()
+    assert "clean/a.jsonl is there already" in message_of(lambda: chosen(top_k=1))
+    assert (tmp_path / "clean/a.jsonl").read_bytes() == before
+    chosen(top_k=1, overwrite_output_dir=True)
+    assert (tmp_path / "clean/a.jsonl").read_bytes() != before
+    message = message_of(lambda: chosen(output_dir=".", overwrite_output_dir=True))
+    assert message.startswith("a.jsonl is the file that the rows are from")
+    assert "are one folder" in message_of(lambda: chosen(output_dir="x", dropped_dir="./x"))
+
+
+def test_two_files_of_one_name_are_not_written_into_one(weigh, tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    weigh("x/a.jsonl", "y/a.jsonl")
+    assert "two sources are called a.jsonl" in message_of(chosen)
+
+
+# --- as a command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_twice_gives_the_same_bytes(weigh, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(b"prompt,completion,note\n5=,55,x\n6=,66,y\n"))
+    weigh("a.jsonl", "b.csv.gz")
+    for folder in ("first", "second"):
+        assert main(["select", "run", "--output_dir", folder, "--sample", "3", "--add_columns"]) == 0
+    out = capsys.readouterr().out
+    assert "rows kept  3 of 6 (50%)" in out and "first/manifest.json" in out
+    for name in ("a.jsonl", "b.csv.gz", "manifest.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    manifest = json.loads((tmp_path / "first/manifest.json").read_text())
+    assert manifest["num_rows"] == 6 and manifest["num_kept"] == 3 and manifest["settings"]["sample"] == 3
+    assert [source["name"] for source in manifest["sources"]] == ["a.jsonl", "b.csv.gz"]
+    assert sum(source["num_kept"] for source in manifest["sources"]) == 3
+
+
+def test_without_the_config_the_rows_are_named(weigh, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines({"q": r["prompt"], "a": r["completion"]} for r in ROWS))
+    weigh("a.jsonl", prompt_column="q", response_column="a")
+    (tmp_path / "run/weights.parquet").rename(tmp_path / "mine.parquet")
+    assert "does not say which rows were weighed: give `train_dataset`" in message_of(
+        lambda: chosen(weights="mine.parquet")
+    )
+    chosen(weights="mine.parquet", train_dataset=["a.jsonl"], prompt_column="q", response_column="a")
+    assert (tmp_path / "clean/a.jsonl").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("none --output_dir clean", "none: no such file. Give a run directory, or its weights.parquet, to --weights"),
+        ("run", "the following arguments are required: --output_dir. See tamis select --help"),
+        ("run --output_dir clean --kep 0.5", "unknown option --kep; did you mean --keep? See tamis select --help"),
+        ("run --output_dir clean --keep 2", "keep must be 'auto' or a share above 0 and at most 1, got 2"),
+        ("run --output_dir clean --top_k 2 --keep 0.5", "--top_k and --keep both say which rows are kept"),
+        ("run --output_dir clean --train_dataset none.jsonl", "none.jsonl: no such file or folder. Check"),
+        ("a.jsonl --output_dir clean", "a.jsonl: cannot be read as Parquet"),
+    ],
+)
+def test_mistakes_end_in_one_line(weigh, tmp_path, options, message, capsys):
+    (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    weigh("a.jsonl")
+    assert main(["select", *options.split()]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("tamis select: ") and message in error
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) and not (tmp_path / "clean").exists()

@@ -1,0 +1,51 @@
+"""`tamis score`: the weights that `tamis train` would give, without training."""
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import pairs, write_jsonl
+
+from tamis.cli import main
+
+
+@pytest.fixture
+def bilevel_files(model_dir, tmp_path):
+    """Options of a run on wrong and right rows, all but its folder."""
+    files = {"train": pairs(12) + pairs(12, 30, wrong=True), "validation": pairs(10, 100)}
+    flags = ["--model_name_or_path", model_dir, "--learning_rate", "1e-2", "--scout_epochs", "2"]
+    for name, rows in files.items():
+        flags += [f"--{name}_dataset", write_jsonl(tmp_path / f"{name}.jsonl", rows)]
+    return [*flags, "--use_cpu", "--bf16", "false", "--report_to", "none"]
+
+
+def test_scoring_gives_the_weights_of_training_and_trains_nothing(bilevel_files, tmp_path, capsys):
+    scored, trained = tmp_path / "scores", tmp_path / "run"
+    assert main(["score", *bilevel_files, "--output_dir", str(scored)]) == 0
+    out = capsys.readouterr().out
+    assert f"next       tamis select {scored} --output_dir {scored}-clean" in out
+    assert main(["train", *bilevel_files, "--output_dir", str(trained), "--max_steps", "1"]) == 0
+    found, expected = (pq.read_table(folder / "weights.parquet") for folder in (scored, trained))
+    for name in ("content_hash", "weight", "p_right", "score", "kept"):
+        assert found[name].equals(expected[name]), name
+    assert sorted(path.name for path in scored.iterdir()) == [
+        "config.yaml", "metrics.jsonl", "scout.json", "weights.parquet",
+    ]  # fmt: skip
+    assert (scored / "scout.json").read_bytes() == (trained / "scout.json").read_bytes()
+
+
+def test_a_scoring_is_not_overwritten_and_can_be_replayed_as_a_training(bilevel_files, tmp_path, capsys):
+    scored = tmp_path / "scores"
+    assert main(["score", *bilevel_files, "--output_dir", str(scored)]) == 0
+    assert main(["score", *bilevel_files, "--output_dir", str(scored)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    replayed = ["--config", str(scored / "config.yaml"), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    assert main(["train", *replayed]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_what_scoring_does_not_do_is_warned_of_or_refused(bilevel_files, tmp_path, caplog, capsys):
+    options = ["--max_steps", "7", "--rho", "0.3", "--refine_fraction", "auto", "--output_dir", str(tmp_path / "s")]
+    assert main(["score", *bilevel_files, *options]) == 0
+    for name in ("max_steps", "rho", "refine_fraction"):
+        assert f"{name} is set but has no effect: nothing is trained" in caplog.text
+    assert main(["score", *bilevel_files, "--selector", "mirror", "--output_dir", str(tmp_path / "t")]) == 2
+    assert "selector 'mirror' learns its weights while it trains: choose --selector scout" in capsys.readouterr().err
