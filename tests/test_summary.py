@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tamis.summary import format_summary, summarize
+from tamis.summary import format_summary, summarize, summarize_scores
 
 
 @pytest.fixture
@@ -41,7 +41,13 @@ def test_a_run_that_went_on_has_no_loss_before_it_where_none_was_measured(run):
 
 
 def test_no_held_out_rows(run):
-    assert [name for name, _ in summarize(run(), has_held_out=False)] == ["rows kept", "model", "weights", "next"]
+    assert [name for name, _ in summarize(run(), has_held_out=False)] == [
+        "rows kept",
+        "model",
+        "weights",
+        "next",
+        "clean rows",
+    ]
 
 
 def test_a_loss_that_is_no_number_is_left_out(run):
@@ -61,3 +67,9 @@ def test_the_next_command(run):
 
 def test_columns_are_aligned():
     assert format_summary([("a", "1"), ("abc", "2")]) == "a    1\nabc  2"
+
+
+def test_how_to_get_the_clean_rows(run):
+    folder = run()
+    for lines in (dict(summarize(folder, has_held_out=False))["clean rows"], dict(summarize_scores(folder))["next"]):
+        assert lines == f"tamis select {folder} --output_dir {folder}-clean"

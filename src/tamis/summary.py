@@ -24,14 +24,14 @@ def summarize(output_dir: str | Path, *, has_held_out: bool) -> list[tuple[str, 
     lines.append(("weights", str(folder / "weights.parquet")))
     if (folder / "refinements.parquet").is_file():
         lines.append(("responses", str(folder / "refinements.parquet")))
-    return [*lines, ("next", _next_command(folder))]
+    return [*lines, ("next", _next_command(folder)), ("clean rows", _select_command(folder))]
 
 
 def summarize_scores(output_dir: str | Path) -> list[tuple[str, str]]:
     """The same of `tamis score`."""
     folder = Path(output_dir)
     lines = [_rows_kept(folder), ("weights", str(folder / "weights.parquet"))]
-    return [*lines, ("next", f"tamis select {folder} --output_dir {folder}-clean")]
+    return [*lines, ("next", _select_command(folder))]
 
 
 def _rows_kept(folder: Path) -> tuple[str, str]:
@@ -62,6 +62,10 @@ def _next_command(folder: Path) -> str:
     if example.is_file():
         return f"python {example}"
     return f"tamis train --config {folder / 'config.yaml'} --output_dir {folder}-again"
+
+
+def _select_command(folder: Path) -> str:
+    return f"tamis select {folder} --output_dir {folder}-clean"
 
 
 def format_summary(lines: list[tuple[str, Any]]) -> str:
