@@ -134,7 +134,8 @@ def origins_of(source: str, role: str, split: str) -> Iterator[tuple[str, Path |
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         with one_line(f"{source}: cannot be read as a saved data set; check that it is whole"):
             saved = load_from_disk(str(path))
-        yield path.name, _pick(saved, split, source) if isinstance(saved, DatasetDict) else saved
+        # resolved: the name becomes that of a folder, which ".." must not be
+        yield path.resolve().name, _pick(saved, split, source) if isinstance(saved, DatasetDict) else saved
     elif source and path.is_dir():
         path = path.resolve()
         for file in _files_of_folder(path, source, split):

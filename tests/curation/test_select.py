@@ -128,6 +128,18 @@ def test_saved_data_sets_and_their_splits(weigh, tmp_path):
         assert found.to_list() == ROWS[:2] + ROWS[3:] and found.features == rows.features
 
 
+@pytest.mark.parametrize("source", [".", "../saved", ".."])
+def test_a_saved_data_set_never_leaves_the_output_folder(weigh, tmp_path, monkeypatch, source):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved/inner").mkdir()
+    weigh("saved")
+    inside = "saved/inner" if source == ".." else "saved"
+    monkeypatch.chdir(tmp_path / inside)
+    chosen(weights=str(tmp_path / "run"), train_dataset=[source], output_dir=str(tmp_path / "clean"))
+    assert load_from_disk(tmp_path / "clean" / "saved").to_list() == ROWS[:2] + ROWS[3:]
+    assert load_from_disk(tmp_path / "saved").to_list() == ROWS
+
+
 def test_folders_and_patterns_keep_their_names(weigh, tmp_path):
     (tmp_path / "data/train").mkdir(parents=True)
     for name in ("data/train/a.jsonl", "data/train/b.jsonl", "more.jsonl"):
