@@ -226,8 +226,42 @@ def test_nothing_is_overwritten_and_no_file_is_its_own_source(weigh, tmp_path):
     chosen(top_k=1, overwrite_output_dir=True)
     assert (tmp_path / "clean/a.jsonl").read_bytes() != before
     message = message_of(lambda: chosen(output_dir=".", overwrite_output_dir=True))
-    assert message.startswith("a.jsonl is the file that the rows are from")
+    assert message.startswith("a.jsonl is what the rows are from")
     assert "are one folder" in message_of(lambda: chosen(output_dir="x", dropped_dir="./x"))
+
+
+def test_a_saved_data_set_is_not_written_over_itself_nor_over_another_folder(weigh, tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    weigh("saved")
+    message = message_of(lambda: chosen(output_dir=".", overwrite_output_dir=True))
+    assert message.startswith("saved is what the rows are from")
+    assert load_from_disk(tmp_path / "saved").to_list() == ROWS
+    (tmp_path / "clean/saved").mkdir(parents=True)
+    (tmp_path / "clean/saved/mine.txt").write_text("mine")
+    message = message_of(lambda: chosen(overwrite_output_dir=True))
+    assert message.startswith("clean/saved is a folder of something else")
+    assert (tmp_path / "clean/saved/mine.txt").read_text() == "mine"
+
+
+def test_files_of_which_no_row_is_kept_can_be_read(weigh, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    as_csv(tmp_path / "b.csv", ROWS)
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "c.parquet")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    weigh("a.jsonl", "b.csv", "c.parquet", "saved", p_right=[0.9] * 4 + [0.1] * 12)
+    chosen()
+    assert (tmp_path / "clean/b.csv").read_bytes() == b"prompt,completion,note\r\n"
+    assert pq.read_table(tmp_path / "clean/c.parquet").num_rows == 0
+    assert load_from_disk(tmp_path / "clean/saved").features == Dataset.from_list(ROWS).features
+
+
+def test_csv_with_a_byte_order_mark_and_a_last_line_without_end(weigh, tmp_path):
+    (tmp_path / "a.csv").write_bytes('\ufeffprompt,completion\r\n1=,11\r\n\r\n2=,"2\r\n2"'.encode())
+    weigh("a.csv", p_right=[0.9, 0.9])
+    chosen(add_columns=True)
+    text = (tmp_path / "clean/a.csv").read_bytes().decode()
+    assert text.startswith("prompt,completion,tamis_weight,tamis_p_right") and '"2\r\n2",1.0,0.9' in text
+    assert text.count("\n") == 4
 
 
 def test_two_files_of_one_name_are_not_written_into_one(weigh, tmp_path):

@@ -158,7 +158,7 @@ def _write_dataset(origin: Dataset, name: str, chosen_R: Mask, columns: Columns,
         chosen = chosen.add_column(column, pa.array(values[places], from_pandas=True))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        chosen.save_to_disk(Path(folder) / "rows")
+        chosen.save_to_disk(Path(folder) / "rows", num_shards=1 if len(chosen) == 0 else None)
         shutil.rmtree(target, ignore_errors=True)
         (Path(folder) / "rows").rename(target)
 

@@ -79,12 +79,14 @@ class _Source:
     """One file of the run, or a data set that is no file: the rows of it that were weighed.
 
     Attributes:
+        path: of the file or of the saved data set; None where it is from the hub.
         part: its rows of `weights.parquet`.
         row_R: where each of them stands in the file.
     """
 
     name: str
     origin: Path | Dataset
+    path: Path | None
     part: slice
     row_R: np.ndarray[Any, Any]
 
@@ -157,7 +159,8 @@ def _find_sources(arguments: SelectArguments, path: Path, weights: pa.Table) -> 
             rows = Dataset(read_rows(origin, name, role="train_dataset", skipped=skipped, **options))
             part = slice(first, first + len(rows))
             _compare(weights[part], rows, name)
-            yield _Source(name, origin, part, weights["row"][part].to_numpy())
+            file = origin if isinstance(origin, Path) else Path(one).expanduser()
+            yield _Source(name, origin, file if file.exists() else None, part, weights["row"][part].to_numpy())
             first = part.stop
     if first < len(weights):
         raise ValueError(f"{len(weights)} rows were weighed, and there are {first}. Give the rows of the run")
@@ -210,10 +213,12 @@ def _file_name(source: _Source) -> str:
 def _refuse_present(arguments: SelectArguments, targets: list[Path], sources: list[_Source]) -> None:
     if twice := [target for target in targets if targets.count(target) > 1]:
         raise ValueError(f"two sources are called {twice[0].name}: select from each of them alone")
-    origins = {source.origin.resolve() for source in sources if isinstance(source.origin, Path)}
+    origins = {source.path.resolve() for source in sources if source.path is not None}
     for target in targets:
         if target.resolve() in origins:
-            raise ValueError(f"{target} is the file that the rows are from: choose another `output_dir`")
+            raise ValueError(f"{target} is what the rows are from: choose another `output_dir`")
+        if target.is_dir() and not (target / "state.json").is_file():
+            raise ValueError(f"{target} is a folder of something else: choose another `output_dir`")
         if target.exists() and not arguments.overwrite_output_dir:
             raise ValueError(f"{target} is there already: choose another folder, or set `overwrite_output_dir=True`")
 
