@@ -10,6 +10,7 @@ import pytest
 from trl import ModelConfig
 
 from tamis import BilevelConfig
+from tamis.curation.select import SelectArguments
 from tamis.run import DataArguments
 from tamis.settings import FlagFormatter, as_flags
 
@@ -51,6 +52,6 @@ def test_what_python_raises_names_no_flags():
 
 
 def test_what_is_named_in_backticks_is_a_setting():
-    known = {f.name for kind in (BilevelConfig, DataArguments, ModelConfig) for f in fields(kind)}
+    known = {f.name for kind in (BilevelConfig, DataArguments, ModelConfig, SelectArguments) for f in fields(kind)}
     named = {setting for _, text in messages() for setting in re.findall(r"`([a-z]\w*)(?:=[^`]*)?`", text)}
     assert named and named <= known

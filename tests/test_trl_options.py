@@ -319,7 +319,7 @@ CHAT = Dataset.from_list(
 )
 NOT_A_DATASET = "must be a datasets.Dataset, got"
 REFUSED_ARGUMENTS = [
-    ({"args": None}, "args must be a BilevelConfig, got NoneType"),
+    ({"args": {"seed": 1}}, "args must be a BilevelConfig, got dict"),
     ({"args": SFTConfig(output_dir="unused", use_cpu=True, bf16=False)}, "args must be a BilevelConfig, got SFTConfig"),
     ({"compute_loss_func": lambda outputs, labels, num_items_in_batch: 0}, "compute_loss_func replaces the loss"),
     ({"train_dataset": None}, f"train_dataset {NOT_A_DATASET} NoneType"),
