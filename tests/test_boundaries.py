@@ -5,21 +5,23 @@ import logging
 import pytest
 from conftest import PLAIN, tiny_model, tiny_tokenizer
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tamis import BilevelConfig, BilevelTrainer
 
-SYMBOLS = ["<pad>", "<eos>", "<unk>", *"abcx", "ab", "cx"]
+SYMBOLS = ["<pad>", "<eos>", "<unk>", *"abcx", "ab", "cx", "▁", "\n"]
 
 
 @pytest.fixture
 def trainer_of(tmp_path):
     """Trainers of a model whose tokenizer merges "a" with "b", and "c" with "x"."""
 
-    def make(train, validation=None, **settings):
+    def make(train, validation=None, starts_with_space=False, **settings):
         bpe = Tokenizer(models.BPE({s: i for i, s in enumerate(SYMBOLS)}, [("a", "b"), ("c", "x")], unk_token="<unk>"))
         bpe.pre_tokenizer = pre_tokenizers.Split("=", "isolated")
+        if starts_with_space:
+            bpe.normalizer = normalizers.Prepend("▁")
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=None
         )
@@ -95,3 +97,11 @@ def test_rows_in_tokens_are_left_as_they_are(trainer_of):
     ids = [SYMBOLS.index(symbol) for symbol in ("x", "ab", "x")]
     trainer = trainer_of([{"prompt": "xa", "completion": "bx", "input_ids": ids}])
     assert tokens(trainer.train_dataset, 0, ["input_ids"]) == ["xabx"]
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space_adds_none_to_a_response(trainer_of):
+    rows = [row("xa", "bx"), row("xc", "xb"), row("x", "ab"), row("xa", "\nb")]
+    trainer = trainer_of(rows, starts_with_space=True)
+    found = [tokens(trainer.train_dataset, i) for i in range(4)]
+    assert [text for text, _ in found] == ["▁xabx<eos>", "▁xcxb<eos>", "▁xab<eos>", "▁xa\nb<eos>"]
+    assert [labels for _, labels in found[:3]] == ["---bx<eos>", "---xb<eos>", "--ab<eos>"]

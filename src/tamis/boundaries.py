@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _TRL_LOGGER = "trl.trainer.sft_trainer"
 _TRL_WARNING = "The tokenized prompt is not a prefix"
+_MARKS = ("\n", "a")  # stand before a response while it is tokenized: one of them does not merge with it
 
 
 @contextmanager
@@ -53,9 +54,10 @@ def tokenized_apart(name: str, dataset: Dataset, tokenizer: Any, completion_only
     def split(part: dict[str, Any]) -> dict[str, Any]:
         input_ids, labels, is_split = part["input_ids"], part["labels"], []
         for i, prompt_ids in enumerate(tokenizer(part["prompt"])["input_ids"]):
-            is_split.append(input_ids[i][: len(prompt_ids)] != prompt_ids)
-            if is_split[i]:
-                response_ids = tokenizer(part["completion"][i], add_special_tokens=False)["input_ids"]
+            is_merged = input_ids[i][: len(prompt_ids)] != prompt_ids
+            response_ids = _tokens_of_response(part["completion"][i], tokenizer) if is_merged else None
+            is_split.append(response_ids is not None)
+            if response_ids is not None:
                 input_ids[i] = prompt_ids + response_ids
                 labels[i] = ([-100] * len(prompt_ids) if completion_only_loss else prompt_ids) + response_ids
         return {"input_ids": input_ids, "labels": labels, "is_split": is_split}
@@ -71,6 +73,19 @@ def tokenized_apart(name: str, dataset: Dataset, tokenizer: Any, completion_only
             f"token (first: {first['prompt'][-20:]!r}); they are tokenized apart, as the model will be asked"
         )
     return found.remove_columns("is_split")
+
+
+def _tokens_of_response(text: str, tokenizer: Any) -> list[int] | None:
+    """The tokens of a response that stands behind a prompt; None where no mark stays apart from it.
+
+    At the start of a text some tokenizers, such as Llama 2's, add a space, which the model would learn to answer with.
+    """
+    for mark in _MARKS:
+        before, both = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (mark, mark + text))
+        if both[: len(before)] == before:
+            found: list[int] = both[len(before) :]
+            return found
+    return None
 
 
 def _has_text_prompts(dataset: Dataset) -> bool:

@@ -22,7 +22,10 @@ CARD_FILES = ("README.md", "MODEL_CARD.md")
 _RUN_FILES = (
     "metrics.jsonl", "refinements.parquet", "weights.parquet", "skipped_rows.jsonl", "scout.json", "scout.safetensors",
 )  # fmt: skip
-_WRITTEN_FILES = (*_RUN_FILES, "config.json", "inference_example.py")
+_WRITTEN_FILES = (
+    *_RUN_FILES, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "training_args.bin", "inference_example.py",
+)  # fmt: skip
 _MODEL_FILES = (
     "model*.safetensors",
     "adapter_model.safetensors",

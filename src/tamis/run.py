@@ -238,11 +238,13 @@ def score(
     if not args.scouts():
         raise ValueError(f"selector '{args.selector}' learns its weights while it trains: choose `selector='scout'`")
     inactive = ["eval_dataset", "num_train_epochs", "max_steps", "rho", "rho_start", *REFINING_FIELDS]
+    inactive += ["eval_on_start", "eval_strategy", "save_strategy", "load_best_model_at_end", "push_to_hub"]
     given = [*given_fields(data), *args.given_settings]
     warn_without_effect(given, {"nothing is trained": inactive})
     data, args = replace(data, eval_dataset=None), copy(args)
     args.rho = args.rho_start = None
     args.refine_fraction, args.eval_strategy, args.save_strategy = "0", "no", "no"
+    args.eval_on_start = args.load_best_model_at_end = args.push_to_hub = False
     output_dir, stop = str(args.output_dir), stop or StopSignals()
     if args.process_index == 0:
         refuse_busy(output_dir)

@@ -1,7 +1,8 @@
 """The user's own rows, as they stand in their files: the chosen ones go into files of the same format, unchanged.
 
-Text files keep every kept row as it is written, to the byte. Files that are one JSON list are written anew, value by
-value; Parquet files and saved data sets keep their columns and types.
+JSON lines and CSV keep every kept row as it is written; the ends of JSON lines become \\n, and no byte order mark is
+written. Files that are one JSON list are written anew, value by value; Parquet files and saved data sets keep their
+columns and types.
 """
 
 import csv
