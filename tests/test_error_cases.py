@@ -284,6 +284,8 @@ MISSING = [
 def test_held_out_rows_that_evaluation_misses(folder, capfd):
     assert run(["--eval_strategy", "steps"], without=["--eval_dataset"]) == 2
     assert "eval_strategy 'steps' needs held-out rows: give --eval_dataset" in error_of(capfd)
+    assert run(["--eval_on_start"], without=["--eval_dataset"]) == 2
+    assert "eval_on_start needs held-out rows: give --eval_dataset" in error_of(capfd)
     assert not (folder / "run").exists()
 
 

@@ -44,8 +44,9 @@ def test_a_scoring_is_not_overwritten_and_can_be_replayed_as_a_training(bilevel_
 
 def test_what_scoring_does_not_do_is_warned_of_or_refused(bilevel_files, tmp_path, caplog, capsys):
     options = ["--max_steps", "7", "--rho", "0.3", "--refine_fraction", "auto", "--output_dir", str(tmp_path / "s")]
+    options += ["--eval_on_start", "--save_strategy", "epoch", "--resume_from_checkpoint", "last"]
     assert main(["score", *bilevel_files, *options]) == 0
-    for name in ("max_steps", "rho", "refine_fraction"):
+    for name in ("max_steps", "rho", "refine_fraction", "eval_on_start", "save_strategy", "resume_from_checkpoint"):
         assert f"{name} is set but has no effect: nothing is trained" in caplog.text
     assert main(["score", *bilevel_files, "--selector", "mirror", "--output_dir", str(tmp_path / "t")]) == 2
     assert "selector 'mirror' learns its weights while it trains: choose --selector scout" in capsys.readouterr().err

@@ -5,7 +5,6 @@ behind a prompt that is shorter than the one the model will be asked with. tamis
 response apart, as generation does. All other rows stay as TRL makes them.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from tamis.rows import arrow_column
+from tamis.rows import arrow_column, derived_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,10 @@ def tokenized_apart(name: str, dataset: Dataset, tokenizer: Any, completion_only
     """Tokenize prompt and response apart in the rows where they make one token; say in how many rows.
 
     Args:
+        name: of the data set, for what is said.
         dataset: as TRL has tokenized it, uncut, with the texts of which `input_ids` and `labels` were made. Data sets
             without prompts that are text are returned as they are.
+        completion_only_loss: whether the prompt is left out of the labels.
     """
     if not _has_text_prompts(dataset) or not len(dataset):
         return dataset
@@ -62,9 +63,8 @@ def tokenized_apart(name: str, dataset: Dataset, tokenizer: Any, completion_only
                 labels[i] = ([-100] * len(prompt_ids) if completion_only_loss else prompt_ids) + response_ids
         return {"input_ids": input_ids, "labels": labels, "is_split": is_split}
 
-    # `datasets` would hash the tokenizer, which is in the fingerprint of the tokenized rows already
-    fingerprint = hashlib.blake2b(f"{dataset._fingerprint} apart".encode(), digest_size=8).hexdigest()
-    found = dataset.with_format(None).map(split, batched=True, new_fingerprint=fingerprint)
+    # The tokenizer is in the fingerprint of the tokenized rows already.
+    found = dataset.with_format(None).map(split, batched=True, new_fingerprint=derived_fingerprint(dataset, "apart"))
     is_split = arrow_column(found, "is_split")
     if num_split := pc.sum(is_split).as_py():
         first = found[pc.index(is_split, True).as_py()]

@@ -93,6 +93,8 @@ def check_settings(
         raise ValueError("selector 'none' gives all rows one weight: there is no lowest. Set `refine_policy='random'`")
     if (strategy := IntervalStrategy(args.eval_strategy)) != "no" and not has_held_out:
         raise ValueError(f"eval_strategy '{strategy.value}' needs held-out rows: give `eval_dataset`")
+    if args.eval_on_start and not has_held_out:
+        raise ValueError("eval_on_start needs held-out rows: give `eval_dataset`")
     if args.save_strategy == "best" and args.eval_strategy == "no":
         raise ValueError("save_strategy 'best' compares evaluations: set `eval_strategy` too")
     _refuse_pairs(args, is_static, selector)

@@ -1,4 +1,4 @@
-"""The command line: `tamis train` and `tamis demo`.
+"""The command line: `tamis train`, `tamis score`, `tamis select` and `tamis demo`.
 
 Results go to stdout, everything else to stderr. A wrong input ends with one line on stderr and exit code 2, before any
 model is loaded. What needs torch is imported where it is used: the help and the version are there at once.
@@ -21,7 +21,6 @@ USAGE = """usage: tamis COMMAND [options]
   demo    make a small world and compare tamis with its alternatives on it (CPU, a few minutes)
 
 `tamis COMMAND --help` lists the options, `tamis --version` tells the version."""
-COMMANDS = ("train", "score", "select", "demo")
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--version" in argv:
         print(f"tamis {version('tamis')}")
         return 0
-    if command not in COMMANDS:
+    if command not in _RUN:
         print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
         return 2
     if command in ("train", "score") and ("-h" in options or "--help" in options):

@@ -27,6 +27,7 @@ from tamis.rows import (
     batches,
     column_values,
     content_columns,
+    derived_fingerprint,
     is_conversational,
     last_answer,
     row_name,
@@ -410,5 +411,4 @@ def _rewritten(dataset: Dataset, names: list[str], write: Callable[[Row], Row], 
         tables.append(pa.table({**dict(zip(kept.column_names, kept.columns, strict=True)), **columns}))
     # permissive: some messages have fields that others have not
     whole = pa.concat_tables(tables, promote_options="permissive")
-    fingerprint = hashlib.blake2b(f"{dataset._fingerprint} {key}".encode(), digest_size=8).hexdigest()
-    return Dataset(whole, fingerprint=fingerprint)
+    return Dataset(whole, fingerprint=derived_fingerprint(dataset, key))

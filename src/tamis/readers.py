@@ -1,5 +1,6 @@
 """Files of rows as the user has them: JSON, JSON lines, CSV and Parquet, read row by row, nothing interpreted."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -7,9 +8,8 @@ import json
 import logging
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,12 @@ def read_file(path: Path, name: str) -> Rows:
     if kind in (".csv", ".tsv"):
         return _parse_csv(lines, name, "," if kind == ".csv" else "\t")
     return _parse_json(lines, name) if kind == ".json" else _parse_json_lines(lines, name)
+
+
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether a text file begins with one, as Excel wants it."""
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def lines_of(path: Path, name: str) -> Iterator[str]:
@@ -125,23 +131,43 @@ def _check_object(row: Any, name: str, i: int, may_break: bool) -> None:
 
 
 def _parse_csv(lines: Iterator[str], name: str, delimiter: str) -> Iterator[dict[str, Any]]:
+    records, num_rows = csv_records(lines, name, delimiter), 0
+    line, header, _ = next(records, (0, [], ""))
+    if len(set(header)) < len(header):
+        error = f"a column is named twice in the header {', '.join(header)}"
+        raise ValueError(_not_csv(name, 0, line, error))
+    for line, row, _ in records:
+        if row and len(row) != len(header):
+            error = f"{len(row)} values for {len(header)} columns"
+            yield BadRow(_not_csv(name, num_rows, line, error), delimiter.join(row))
+        elif row:
+            yield dict(zip(header, row, strict=True))
+        num_rows += bool(row)
+
+
+def csv_records(lines: Iterable[str], name: str, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
+    """The line in which each record ends, its values, and its text with its line end; empty lines have no values.
+
+    Raises:
+        ValueError: a record cannot be read.
+    """
     csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 KiB, is less than a long answer
-    # The reader wants lines that end at a bare \r as well.
-    lines = chain.from_iterable(io.StringIO(line, newline="") for line in lines)
-    reader, num_rows = csv.reader(lines, delimiter=delimiter, strict=True), 0
+    taken = list[str]()
+
+    def pieces() -> Iterator[str]:
+        for line in lines:
+            for piece in io.StringIO(line, newline=""):  # the reader wants lines that end at a bare \r as well
+                taken.append(piece)
+                yield piece
+
+    reader, num_records = csv.reader(pieces(), delimiter=delimiter, strict=True), 0
     try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise csv.Error(f"a column is named twice in the header {', '.join(header)}")
-        for row in reader:
-            if row and len(row) != len(header):
-                error = f"{len(row)} values for {len(header)} columns"
-                yield BadRow(_not_csv(name, num_rows, reader.line_num, error), delimiter.join(row))
-            elif row:
-                yield dict(zip(header, row, strict=True))
-            num_rows += bool(row)
+        for values in reader:
+            yield reader.line_num, values, "".join(taken)
+            taken.clear()
+            num_records += bool(values)
     except csv.Error as error:
-        raise ValueError(_not_csv(name, num_rows, reader.line_num, error)) from error
+        raise ValueError(_not_csv(name, max(num_records - 1, 0), reader.line_num, error)) from error
 
 
 def _not_csv(name: str, row: int, line: int, error: csv.Error | str) -> str:

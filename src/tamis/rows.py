@@ -286,6 +286,11 @@ def fingerprint(hashes: Sequence[str]) -> str:
     return _digest("".join(hashes))
 
 
+def derived_fingerprint(dataset: Dataset, key: str) -> str:
+    """Of a data set that is made from another one in the way that ``key`` names: `datasets` need not hash it."""
+    return _digest(f"{dataset._fingerprint} {key}")
+
+
 def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence[str]]) -> None:
     """Warn of the same row (prompt and response) in two of the data sets: validation or held-out rows trained on.
 

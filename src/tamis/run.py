@@ -25,6 +25,12 @@ from tamis.trainer import BilevelTrainer
 
 logger = logging.getLogger(__name__)
 
+# What `score` has no use for, besides the settings of refining.
+_OF_TRAINING = (
+    "eval_dataset", "num_train_epochs", "max_steps", "rho", "rho_start", "eval_on_start", "eval_strategy",
+    "save_strategy", "load_best_model_at_end", "push_to_hub", "resume_from_checkpoint",
+)  # fmt: skip
+
 
 @dataclass
 class DataArguments:
@@ -191,13 +197,7 @@ def train(
     output_dir, stop = str(args.output_dir), stop or StopSignals()
     resume = True if args.resume_from_checkpoint in LAST else args.resume_from_checkpoint
     is_main_process = args.process_index == 0
-    if is_main_process:
-        refuse_busy(output_dir)
-        if resume:
-            given = ["overwrite_output_dir"] if args.overwrite_output_dir else []
-            warn_without_effect(given, {"the run goes on from a checkpoint": ["overwrite_output_dir"]})
-        elif not args.overwrite_output_dir:
-            refuse_earlier_run(output_dir)
+    _refuse_occupied(args, resume)
     if resume and (resume is not True or finished_step(output_dir) is None):
         find_checkpoint(output_dir, resume)
     trainer = make_trainer(data, args, model_args, trainer_class)
@@ -229,7 +229,8 @@ def score(
 ) -> None:
     """One run of `tamis score`: what `train` does before its first step, which weighs every row, and no more.
 
-    Leaves `config.yaml`, `scout.json` and `weights.parquet`. The weights are those that `train` would give.
+    Leaves `config.yaml`, `metrics.jsonl`, `scout.json` and `weights.parquet`. The weights are those that `train` would
+    give.
 
     Raises:
         ValueError: see `train`; or the selector does not score rows before training.
@@ -237,19 +238,15 @@ def score(
     """
     if not args.scouts():
         raise ValueError(f"selector '{args.selector}' learns its weights while it trains: choose `selector='scout'`")
-    inactive = ["eval_dataset", "num_train_epochs", "max_steps", "rho", "rho_start", *REFINING_FIELDS]
-    inactive += ["eval_on_start", "eval_strategy", "save_strategy", "load_best_model_at_end", "push_to_hub"]
     given = [*given_fields(data), *args.given_settings]
-    warn_without_effect(given, {"nothing is trained": inactive})
+    given += ["resume_from_checkpoint"] if args.resume_from_checkpoint else []
+    warn_without_effect(given, {"nothing is trained": [*_OF_TRAINING, *REFINING_FIELDS]})
     data, args = replace(data, eval_dataset=None), copy(args)
     args.rho = args.rho_start = None
     args.refine_fraction, args.eval_strategy, args.save_strategy = "0", "no", "no"
     args.eval_on_start = args.load_best_model_at_end = args.push_to_hub = False
     output_dir, stop = str(args.output_dir), stop or StopSignals()
-    if args.process_index == 0:
-        refuse_busy(output_dir)
-        if not args.overwrite_output_dir:
-            refuse_earlier_run(output_dir)
+    _refuse_occupied(args)
     trainer = make_trainer(data, args, model_args)
     use_progress(trainer, ProgressCallback("training"))
     stop.hint = ": the same command starts again"
@@ -258,6 +255,18 @@ def score(
         trainer.train()
         if args.process_index == 0:
             mark_finished(output_dir, 0)
+
+
+def _refuse_occupied(args: BilevelConfig, resume: str | bool | None = None) -> None:
+    """Say before a model is loaded that another run writes into the output directory, or would be overwritten."""
+    if args.process_index != 0:
+        return
+    refuse_busy(str(args.output_dir))
+    if resume:
+        given = ["overwrite_output_dir"] if args.overwrite_output_dir else []
+        warn_without_effect(given, {"the run goes on from a checkpoint": ["overwrite_output_dir"]})
+    elif not args.overwrite_output_dir:
+        refuse_earlier_run(str(args.output_dir))
 
 
 def _is_finished(trainer: BilevelTrainer, resume: str | bool) -> bool:

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,43 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from tamis.data import joined, load_rows
+from tamis.data import joined, origins_of, read_rows
 
 
-def load_sources(
-    sources: Sequence[str], *, role: str, source_weights: Sequence[float] | None = None, **options: Any
-) -> Dataset:
-    """Load and check the rows of all sources, in their order.
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file of a source, or of a data set that is no file.
+
+    Attributes:
+        source: what the user has named it by, patterns resolved.
+        name, origin: see `tamis.data.origins_of`.
+        table: its rows, see `tamis.data.read_rows`.
+    """
+
+    source: str
+    name: str
+    origin: Path | Dataset
+    table: pa.Table
+
+
+def load_sources(sources: Sequence[str], *, role: str, **options: Any) -> Dataset:
+    """Load and check the rows of all sources, in their order; see `parts_of`."""
+    return joined([part.table for part in parts_of(sources, role=role, **options)], role)
+
+
+def parts_of(
+    sources: Sequence[str],
+    *,
+    role: str,
+    source_weights: Sequence[float] | None = None,
+    split: str = "train",
+    **options: Any,
+) -> list[Part]:
+    """The rows of all sources, file by file.
 
     Args:
         sources: each as in `tamis.data.load_rows`, or a pattern of files, such as ``data/*.parquet`` or ``**/*.jsonl``.
-        role: see there.
+        role, split: see there.
         source_weights: one for each source, which all of its rows get in the column `weight`; a weight of the row's own
             is multiplied by it.
         options: see there.
@@ -38,27 +65,17 @@ def load_sources(
                 raise ValueError(f"{source}: the weight {weight} is not a finite number >= 0. Correct `source_weights`")
     paths = [(path, k) for k, source in enumerate(sources) for path in _matches(source, role)]
     _refuse_twice([path for path, _ in paths], role)
-    names = [Path(path).name for path, _ in paths]
-    tables = []
-    for (path, k), name in zip(paths, names, strict=True):
-        table = load_rows(path, role=role, **options).data.table
-        if source_weights is not None:
-            table = _weighted(table, source_weights[k])
-        if names.count(name) > 1:  # a name would not tell which file it is
-            table = _replace(table, "source", pa.repeat(path, len(table)))
-        tables.append(table)
-    return joined(tables, role)
-
-
-def paths_of(sources: Sequence[str], role: str) -> list[str]:
-    """What `load_sources` loads, in its order, with patterns of files resolved.
-
-    Raises:
-        ValueError: a pattern matches nothing, or a file is named twice.
-    """
-    paths = [path for source in sources for path in _matches(source, role)]
-    _refuse_twice(paths, role)
-    return paths
+    file_names = [Path(path).name for path, _ in paths]
+    parts = []
+    for (path, k), file_name in zip(paths, file_names, strict=True):
+        for name, origin in origins_of(path, role, split):
+            table = read_rows(origin, name, role=role, **options)
+            if source_weights is not None:
+                table = _weighted(table, source_weights[k])
+            if file_names.count(file_name) > 1:  # a name would not tell which file it is
+                table = _replace(table, "source", pa.repeat(path, len(table)))
+            parts.append(Part(path, name, origin, table))
+    return parts
 
 
 def _refuse_twice(paths: list[str], role: str) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -34,10 +35,14 @@ def summarize_scores(output_dir: str | Path) -> list[tuple[str, str]]:
     return [*lines, ("next", _select_command(folder))]
 
 
-def _rows_kept(folder: Path) -> tuple[str, str]:
-    is_kept = pq.read_table(folder / "weights.parquet", columns=["kept"])["kept"]
+def rows_kept(is_kept: pa.ChunkedArray | pa.Array) -> tuple[str, str]:
+    """The line on the rows that are kept: how many, and of how many."""
     num_kept = pc.sum(is_kept).as_py() or 0
     return "rows kept", f"{num_kept} of {len(is_kept)} ({num_kept / len(is_kept):.0%})"
+
+
+def _rows_kept(folder: Path) -> tuple[str, str]:
+    return rows_kept(pq.read_table(folder / "weights.parquet", columns=["kept"])["kept"])
 
 
 def _held_out(folder: Path) -> list[tuple[str, str]]:

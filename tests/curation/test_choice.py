@@ -103,7 +103,17 @@ def test_equal_rows_have_no_best():
         ({"top_k": 3, "keep": "0.5"}, "`top_k` and `keep` both say which rows are kept"),
         ({"top_k": 3, "min_p_right": 0.5}, "`top_k` and `min_p_right` both say"),
         ({"min_p_right": 1.0}, "no row is kept. Lower `min_p_right`"),
+        ({"keep": "0.05"}, "no row is kept. Raise `keep`, or use `top_k`"),
     ],
 )
 def test_choices_that_cannot_work(settings, message):
     assert message in message_of(lambda: kept(ROWS, **settings))
+
+
+def test_settings_without_effect_are_warned_of(caplog):
+    kept(ROWS, per_source=True, seed=3)
+    assert "per_source is set but has no effect: no share, number or sample" in caplog.text
+    assert "seed is set but has no effect: nothing is drawn" in caplog.text
+    caplog.clear()
+    kept(ROWS, per_source=True, seed=3, sample=1)
+    assert "no effect" not in caplog.text

@@ -33,7 +33,8 @@ def weigh(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(*sources, p_right=P_RIGHT, **config):
-        options = {name: config[name] for name in ("prompt_column", "response_column") if name in config}
+        names = ("prompt_column", "response_column", "weight_column")
+        options = {name: config[name] for name in names if name in config}
         split = config.get("train_split", "train")
         skipped = [] if config.get("skip_bad_rows") else None
         rows = load_sources([str(s) for s in sources], role="train_dataset", split=split, skipped=skipped, **options)
@@ -77,6 +78,16 @@ def test_lines_of_json_stay_to_the_byte(weigh, tmp_path):
     assert (tmp_path / "clean/a.jsonl").read_text() == f"{lines[0]}\n{lines[1]}\n"
 
 
+def test_json_lines_keep_their_ends_and_the_byte_order_mark(weigh, tmp_path):
+    text = "\ufeff" + json_lines(ROWS).replace("\n", "\r\n")
+    (tmp_path / "a.jsonl").write_bytes(text.encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    weigh("a.jsonl", "b.jsonl.gz", p_right=[0.9])
+    chosen()
+    assert (tmp_path / "clean/a.jsonl").read_bytes() == text.encode()
+    assert gzip.decompress((tmp_path / "clean/b.jsonl.gz").read_bytes()) == text.encode()
+
+
 def test_json_lines_packed_or_not(weigh, tmp_path):
     (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(ROWS).encode()))
@@ -110,11 +121,13 @@ def test_records_of_csv_stay_to_the_byte(weigh, tmp_path, name, delimiter, end):
 def test_parquet_keeps_its_schema(weigh, tmp_path):
     table = pa.Table.from_pylist(ROWS).append_column("vector", pa.array([[1.5]] * 4, pa.list_(pa.float16())))
     table = table.replace_schema_metadata({"made by": "a user"})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3, compression="zstd")
     weigh("a.parquet")
     chosen()
     found = pq.read_table(tmp_path / "clean/a.parquet")
     assert found.equals(table.take([0, 1, 3])) and found.schema.metadata[b"made by"] == b"a user"
+    metadata = pq.read_metadata(tmp_path / "clean/a.parquet")
+    assert metadata.num_row_groups == 2 and metadata.row_group(0).column(0).compression == "ZSTD"
 
 
 def test_saved_data_sets_and_their_splits(weigh, tmp_path):
@@ -260,16 +273,89 @@ def test_csv_with_a_byte_order_mark_and_a_last_line_without_end(weigh, tmp_path)
     weigh("a.csv", p_right=[0.9, 0.9])
     chosen(add_columns=True)
     text = (tmp_path / "clean/a.csv").read_bytes().decode()
-    assert text.startswith("prompt,completion,tamis_weight,tamis_p_right") and '"2\r\n2",1.0,0.9' in text
-    assert text.count("\n") == 4
+    assert text.startswith("\ufeffprompt,completion,tamis_weight,tamis_p_right") and '"2\r\n2",1.0,0.9' in text
+    assert text.count("\n") == text.count("\r\n") == 4
 
 
-def test_two_files_of_one_name_are_not_written_into_one(weigh, tmp_path):
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
+def test_files_of_one_name_keep_the_folders_that_tell_them_apart(weigh, tmp_path):
+    for folder in ("deep/x", "deep/y"):
+        (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
-    weigh("x/a.jsonl", "y/a.jsonl")
-    assert "two sources are called a.jsonl" in message_of(chosen)
+    (tmp_path / "deep/b.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    weigh("deep/*/a.jsonl", "deep/b.jsonl")
+    chosen()
+    found = sorted(path.relative_to(tmp_path / "clean").as_posix() for path in (tmp_path / "clean").rglob("*.jsonl"))
+    assert found == ["b.jsonl", "x/a.jsonl", "y/a.jsonl"]
+
+
+def test_rows_do_not_go_into_a_folder_that_is_read_as_training_rows(weigh, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    weigh("data")
+    for folders in ({"output_dir": "data/clean"}, {"dropped_dir": "data"}):
+        assert "lies in a folder that the rows are from" in message_of(lambda folders=folders: chosen(**folders))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["a.jsonl"]
+
+
+def test_a_source_is_not_called_as_the_manifest(weigh, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps(ROWS))
+    weigh("manifest.json")
+    assert message_of(chosen).startswith("a source is called manifest.json")
+
+
+def test_number_types_of_other_files_change_no_row(weigh, tmp_path):
+    for name, turn in (("a.jsonl", 1), ("b.jsonl", 1.5)):
+        roles = [{"role": "user", "content": "1=", "turn": turn}, {"role": "assistant", "content": "11", "turn": turn}]
+        (tmp_path / name).write_text(json_lines([{"messages": roles}]))
+    weigh("a.jsonl", "b.jsonl", p_right=[0.9, 0.9])
+    chosen()
+    assert (tmp_path / "clean/a.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+
+
+def test_rows_that_were_skipped_for_their_weight_are_skipped_again(weigh, tmp_path):
+    rows = [row | {"w": -1.0 if i == 1 else 1.0} for i, row in enumerate(ROWS)]
+    (tmp_path / "a.jsonl").write_text(json_lines(rows), encoding="utf-8")
+    weigh("a.jsonl", skip_bad_rows=True, weight_column="w", p_right=[0.9])
+    chosen()
+    kept = (tmp_path / "clean/a.jsonl").read_text(encoding="utf-8")
+    assert kept == json_lines([rows[0], *rows[2:]])
+
+
+def test_where_one_file_fails_none_is_written(weigh, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json_lines(row | {"tamis_weight": 1} for row in ROWS), encoding="utf-8")
+    weigh("a.jsonl", "b.jsonl")
+    assert 'b.jsonl, row 0 (line 1): there is a column "tamis_weight" already' in message_of(
+        lambda: chosen(add_columns=True, dropped_dir="dropped")
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "run"]
+
+
+def test_what_is_there_and_of_another_kind_is_refused(weigh, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean/a.jsonl").symlink_to(tmp_path / "mine")
+    weigh("a.jsonl")
+    assert "mine is a file: choose another" in message_of(lambda: chosen(output_dir="mine"))
+    assert "clean/a.jsonl is a file of something else" in message_of(lambda: chosen(overwrite_output_dir=True))
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_added_columns_leave_nothing_beside_a_saved_data_set(weigh, tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    before = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    weigh("saved")
+    chosen(add_columns=True)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == before
+
+
+def test_equal_rows_have_no_rank(weigh, tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text(json_lines(ROWS), encoding="utf-8")
+    weigh("a.jsonl", p_right=[0.9])
+    chosen(add_columns=True)
+    assert "tamis_rank is left out: the run gives all rows one weight" in caplog.text
+    assert "tamis_rank" not in (tmp_path / "clean/a.jsonl").read_text(encoding="utf-8")
 
 
 # --- as a command -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tamis.settings import warn_without_effect
+
 logger = logging.getLogger(__name__)
+
+_NOT_KNOWN = "the run does not know how likely its rows are right"
+_NOTHING_COUNTED = "no share, number or sample of the rows is asked for"
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
@@ -50,6 +55,11 @@ class Choice:
             raise ValueError(f"min_p_right must lie between 0 and 1, got {self.min_p_right:g}")
         if self.share is not None and not 0 < self.share <= 1:
             raise ValueError(f"keep must be 'auto' or a share above 0 and at most 1, got {self.keep}")
+        inactive = {
+            _NOTHING_COUNTED: [] if self.ranks or self.sample is not None else ["per_source"],
+            "nothing is drawn": ["seed"] if self.sample is None else [],
+        }
+        warn_without_effect([name for name in ("per_source", "seed") if getattr(self, name)], inactive)
 
     @property
     def share(self) -> float | None:
@@ -91,8 +101,13 @@ class Choice:
             weight_N = _column(weights, "weight")
             chosen_N = self._per_source(weights, chosen_N, lambda inside_N: self._drawn(weight_N, inside_N))
         if not chosen_N.any():
-            raise ValueError("no row is kept. Lower `min_p_right`, or use `keep` or `top_k`")
+            raise ValueError(f"no row is kept. {self._remedy()}")
         return chosen_N
+
+    def _remedy(self) -> str:
+        if self.share is not None:
+            return "Raise `keep`, or use `top_k`"
+        return "Lower `min_p_right`, or use `keep` or `top_k`" if self.min_p_right is not None else "Use `top_k`"
 
     def _per_source(self, weights: pa.Table, inside_N: Mask, choose: Callable[[Mask], Mask]) -> Mask:
         if not self.per_source:
@@ -118,9 +133,6 @@ class Choice:
         uniform_N = np.random.default_rng(self.seed).random(len(weight_N))
         key = np.log(uniform_N[places]) / weight_N[places]
         return _mask(places[np.argsort(-key, kind="stable")[: self.sample]], len(weight_N))
-
-
-_NOT_KNOWN = "the run does not know how likely its rows are right"
 
 
 def ranks(weights: pa.Table) -> Numbers:

@@ -1,16 +1,12 @@
 """The user's own rows, as they stand in their files: the chosen ones go into files of the same format, unchanged.
 
-JSON lines and CSV keep every kept row as it is written; the ends of JSON lines become \\n, and no byte order mark is
-written. Files that are one JSON list are written anew, value by value; Parquet files and saved data sets keep their
-columns and types.
+JSON lines and CSV keep every kept row as it is written, to the byte. Files that are one JSON list are written anew,
+value by value; Parquet files and saved data sets keep their columns and types.
 """
 
-import csv
 import gzip
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,8 +18,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from tamis.curation.choice import Mask
-from tamis.files import write_atomically
-from tamis.readers import kind_of, lines_of
+from tamis.readers import csv_records, has_byte_order_mark, kind_of, lines_of, one_line
 from tamis.rows import place_in_file
 
 Columns = Mapping[str, np.ndarray[Any, Any]]
@@ -33,21 +28,20 @@ def write_rows(origin: Path | Dataset, name: str, chosen_R: Mask, columns: Colum
     """Write the chosen rows of a file, or of a data set that is no file, with more columns if there are any.
 
     Args:
-        origin: as `tamis.data.origins_of` gives it.
-        chosen_R: for each of its rows.
+        origin: see `tamis.data.origins_of`.
+        chosen_R: for each of its R rows; of text files there may be more rows, which are not chosen.
         columns: values for each of its rows, by name.
-        target: the file; for a data set the folder. It is there as a whole or not at all.
+        target: the file; for a data set the folder. Its own folder is there, and it is not.
 
     Raises:
-        ValueError: a column of that name is there already.
+        ValueError: a column of that name is there already, or rows cannot be written.
     """
     if isinstance(origin, Dataset):
         _write_dataset(origin, name, chosen_R, columns, target)
     elif kind_of(origin) == ".parquet":
-        write_atomically(target, lambda path: _write_parquet(origin, name, chosen_R, columns, path))
+        _write_parquet(origin, name, chosen_R, columns, target)
     else:
-        write = _text_writer(origin)
-        write_atomically(target, lambda path: write(origin, name, chosen_R, columns, path))
+        _text_writer(origin)(origin, name, chosen_R, columns, target)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -70,19 +64,20 @@ def _opened(origin: Path, path: Path) -> Iterator[TextIO]:
         file: Any = stack.enter_context(path.open("wb"))
         if origin.suffix.lower() == ".gz":
             file = stack.enter_context(gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0))
-        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+        encoding = "utf-8-sig" if has_byte_order_mark(origin) else "utf-8"
+        yield stack.enter_context(io.TextIOWrapper(file, encoding=encoding, newline=""))
 
 
 def _write_json_lines(origin: Path, name: str, chosen_R: Mask, columns: Columns, path: Path) -> None:
     records = (line for line in lines_of(origin, name) if line.strip())
     with _opened(origin, path) as file:
         for i, line in _chosen(records, chosen_R):
-            text = line.rstrip("\r\n")
+            text, end = _without_end(line)
             if columns:
                 _refuse_present(json.loads(text), columns, place_in_file(name, i))
                 added = json.dumps(_values(columns, i), ensure_ascii=False)
                 text = f"{text.rstrip().removesuffix('}').rstrip()}, {added[1:]}"
-            file.write(text + "\n")
+            file.write(text + (end or "\n"))
 
 
 def _write_json_list(origin: Path, name: str, chosen_R: Mask, columns: Columns, path: Path) -> None:
@@ -98,70 +93,58 @@ def _write_json_list(origin: Path, name: str, chosen_R: Mask, columns: Columns, 
 
 def _write_csv(origin: Path, name: str, chosen_R: Mask, columns: Columns, path: Path) -> None:
     delimiter = "," if kind_of(origin) == ".csv" else "\t"
-    records = _csv_records(lines_of(origin, name), delimiter)
+    records = ((values, text) for _, values, text in csv_records(lines_of(origin, name), name, delimiter) if values)
     header, text = next(records)
     _refuse_present(header, columns, name)
+    text, end = _without_end(text)
     with _opened(origin, path) as file:
-        file.write(_extended(text, columns, delimiter))
+        file.write(delimiter.join([text, *columns]) + end)
         for i, (_, text) in _chosen(records, chosen_R):
-            file.write(_extended(text, _values(columns, i).values(), delimiter))
+            text, own_end = _without_end(text)
+            added = ("" if value is None else str(value) for value in _values(columns, i).values())
+            file.write(delimiter.join([text, *added]) + (own_end or end))
 
 
-def _extended(text: str, values: Iterable[Any], delimiter: str) -> str:
-    """A record of CSV with more values, and its own line end."""
-    body = text.rstrip("\r\n")
-    return delimiter.join([body, *("" if value is None else str(value) for value in values)]) + (
-        text[len(body) :] or "\n"
-    )
-
-
-def _csv_records(lines: Iterable[str], delimiter: str) -> Iterator[tuple[list[str], str]]:
-    """Values and text of each record; empty lines are none."""
-    taken: list[str] = []
-
-    def pieces() -> Iterator[str]:
-        for line in lines:
-            for piece in io.StringIO(line, newline=""):  # the reader wants lines that end at a bare \r as well
-                taken.append(piece)
-                yield piece
-
-    csv.field_size_limit(2**31 - 1)
-    for values in csv.reader(pieces(), delimiter=delimiter, strict=True):
-        text = "".join(taken)
-        taken.clear()
-        if values:
-            yield values, text
+def _without_end(line: str) -> tuple[str, str]:
+    """A line, and its line end."""
+    text = line.rstrip("\r\n")
+    return text, line[len(text) :]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def _write_parquet(origin: Path, name: str, chosen_R: Mask, columns: Columns, path: Path) -> None:
-    with pq.ParquetFile(origin) as file:
+    with pq.ParquetFile(origin) as file, one_line(f"{name}: its rows cannot be written"):
         schema, first = file.schema_arrow, 0
         _refuse_present(schema.names, columns, name)
-        for column, values in columns.items():
-            schema = schema.append(pa.field(column, pa.array(values[:0]).type))
-        with pq.ParquetWriter(path, schema) as writer:
-            for batch in file.iter_batches():
-                places = slice(first, first + len(batch))
-                for column, values in columns.items():
-                    batch = batch.append_column(column, pa.array(values[places], from_pandas=True))
-                writer.write_batch(batch.filter(pa.array(chosen_R[places])).cast(schema))
-                first += len(chosen_R[places])
+        for column, values_R in columns.items():
+            schema = schema.append(pa.field(column, pa.array(values_R[:0]).type))
+        with pq.ParquetWriter(path, schema, compression=_compression(file)) as writer:
+            for k in range(file.num_row_groups):
+                table = file.read_row_group(k)
+                places = slice(first, first + len(table))
+                for column, values_R in columns.items():
+                    table = table.append_column(column, pa.array(values_R[places], from_pandas=True))
+                writer.write_table(table.filter(pa.array(chosen_R[places])))
+                first = places.stop
+
+
+def _compression(file: pq.ParquetFile) -> str:
+    """That of the first column; pyarrow's own where there is none to see."""
+    has_rows = file.num_row_groups and file.metadata.num_columns
+    return str(file.metadata.row_group(0).column(0).compression) if has_rows else "snappy"
 
 
 def _write_dataset(origin: Dataset, name: str, chosen_R: Mask, columns: Columns, target: Path) -> None:
     _refuse_present(origin.column_names, columns, name)
     places = np.flatnonzero(chosen_R)
     chosen = origin.select(places)
-    for column, values in columns.items():
-        chosen = chosen.add_column(column, pa.array(values[places], from_pandas=True))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        chosen.save_to_disk(Path(folder) / "rows", num_shards=1 if len(chosen) == 0 else None)
-        shutil.rmtree(target, ignore_errors=True)
-        (Path(folder) / "rows").rename(target)
+    if columns:
+        chosen = chosen.flatten_indices(keep_in_memory=True)  # `add_column` would leave a file beside the user's own
+    for column, values_R in columns.items():
+        chosen = chosen.add_column(column, pa.array(values_R[places], from_pandas=True))
+    chosen.save_to_disk(target, num_shards=1 if len(chosen) == 0 else None)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
