@@ -2,6 +2,7 @@
 
 import json
 import string
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from weighed_files import weigh_files
 
 from tamis import BilevelConfig, BilevelTrainer
 from tamis.refining.generation import TransformersGenerator
@@ -274,3 +276,10 @@ def message_of(call) -> str:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.fixture
+def weigh(tmp_path, monkeypatch):
+    """Weigh the rows of files in the working directory, see `weighed_files.weigh_files`."""
+    monkeypatch.chdir(tmp_path)
+    return partial(weigh_files, tmp_path)

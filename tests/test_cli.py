@@ -8,7 +8,7 @@ import yaml
 from conftest import pairs, write_jsonl
 
 from tamis.cli import main
-from tamis.parser import make_train_parser
+from tamis.train_parser import make_train_parser
 
 NO_MODEL = "there/is-no-such-model"  # loading it would fail with another message
 

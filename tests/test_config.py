@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from tamis import BilevelConfig, BilevelTrainer
 from tamis.checks import check_settings
-from tamis.parser import make_train_parser
 from tamis.selection.selectors import BmoSelector
+from tamis.train_parser import make_train_parser
 
 
 def config(tmp_path, **settings) -> BilevelConfig:

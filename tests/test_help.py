@@ -15,8 +15,9 @@ from tamis.cli import main
 from tamis.config import BilevelConfig
 from tamis.curation.select import SelectArguments
 from tamis.help import OPTIONS, short_help
-from tamis.parser import did_you_mean, make_train_parser
+from tamis.parser import did_you_mean
 from tamis.run import DataArguments
+from tamis.train_parser import make_train_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 

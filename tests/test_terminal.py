@@ -161,7 +161,8 @@ def test_a_run_prints_a_dozen_lines_and_one_for_each_logging_step(run, tmp_path,
 
 
 def test_on_a_terminal_a_bar_takes_the_place_of_the_lines(run, on_a_terminal, monkeypatch, capfd):
-    monkeypatch.setattr("tamis.terminal.CONSOLE", progress.CONSOLE)
+    for module in ("terminal", "training_progress"):
+        monkeypatch.setattr(f"tamis.{module}.CONSOLE", progress.CONSOLE)
     assert run() == 0
     out, err = capfd.readouterr()
     assert "training 10/20: " not in err

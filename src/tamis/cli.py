@@ -40,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("train", "score") and ("-h" in options or "--help" in options):
         print(short_help(command), end="")
         return 0
-    from tamis.errors import explain
-
     with ExitStack() as terminal:
         try:
             with StopSignals() as stop:
@@ -49,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped as stopped:
             code, text = stopped.exit_code, str(stopped)
         except Exception as error:
+            from tamis.errors import explain
+
             explained = explain(error)
             if explained is None:
                 raise
@@ -91,8 +91,8 @@ def _run_score(options: list[str], terminal: ExitStack, stop: StopSignals) -> in
 
 def _settings(command: str, options: list[str], terminal: ExitStack) -> Any:
     """What the options say; None where they ask for the whole help, which is printed."""
-    from tamis.parser import make_train_parser
     from tamis.terminal import quiet_terminal
+    from tamis.train_parser import make_train_parser
 
     parser = make_train_parser(command)
     if "--help_all" in options:

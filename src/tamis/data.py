@@ -73,26 +73,16 @@ def load_rows(
     return joined(tables, str(source))
 
 
-def read_rows(
-    origin: Path | Dataset,
-    name: str,
-    *,
-    role: str,
-    prompt_column: str | None = None,
-    response_column: str | None = None,
-    weight_column: str | None = None,
-    skipped: list[dict[str, Any]] | None = None,
-) -> pa.Table:
+def read_rows(origin: Path | Dataset, name: str, **options: Any) -> pa.Table:
     """The rows of one file, or of a data set that is no file, as `load_rows` has them.
 
+    Args:
+        options: see `RowReader`.
+
     Raises:
-        ValueError: see there.
+        ValueError: see `load_rows`.
     """
-    named = tuple(column for column in (prompt_column, response_column) if column is not None)
-    if len(set(named)) == 1:
-        raise ValueError(f"{role}: `prompt_column` and `response_column` go together and name two columns.")
-    rows = read_file(origin, name) if isinstance(origin, Path) else origin
-    return _canonical(rows, name, named, weight_column, skipped)
+    return RowReader(origin, name, **options).table()
 
 
 def joined(parts: list[pa.Table], name: str) -> Dataset:
@@ -116,7 +106,8 @@ def rows_of(dataset: Dataset, role: str) -> Dataset:
     Raises:
         ValueError: see `load_rows`.
     """
-    table = _canonical(dataset, role, (), "weight" if "weight" in dataset.column_names else None)
+    weight_column = "weight" if "weight" in dataset.column_names else None
+    table = RowReader(dataset, role, role=role, weight_column=weight_column).table()
     return Dataset(table, fingerprint=_digest(table))
 
 
@@ -181,52 +172,95 @@ def _files_of_folder(path: Path, source: str, split: str) -> list[Path]:
     return [Path(file) for file in _pick(splits, split, source)]
 
 
-def _canonical(
-    rows: Rows,
-    name: str,
-    named: tuple[str, ...],
-    weight_column: str | None,
-    skipped: list[dict[str, Any]] | None = None,
-) -> pa.Table:
-    """Check the rows of one file under its own column names, then bring them into the columns of `load_rows`."""
-    place = partial(place_in_file, name)
-    check, sieve = ContentCheck(place), RowSieve(name, place, skipped, weight_column)
-    tables, weights, row_numbers = list[pa.Table](), list[Any](), list[int]()
-    found, used, names = dict[str, None](), tuple[str, ...](), dict[str, str]()
-    for batch in batches(rows):
-        found |= dict.fromkeys(chain.from_iterable(batch) if isinstance(batch, list) else batch.column_names)
-        if not found:  # rows that could not be read have no columns
-            sieve.good_places(batch, {"": [None] * len(batch)}, None, {"": ""}, check)
-            continue
-        used = choose_columns(list(found), named, weight_column, name, before=used)
-        names = names_by_kind(used, list(found), weight_column)
-        columns = {kind: column_values(batch, column) for kind, column in names.items()}
+class RowReader:
+    """Reads the rows of one file, or of a data set that is no file, in checked batches: an iterator of tables.
+
+    They have the columns of `load_rows`, but for those that are empty in all rows of a batch.
+
+    Args:
+        name: of the file.
+        role, prompt_column, response_column, weight_column, skipped: see `load_rows`.
+
+    Attributes:
+        names: what the file calls the columns that are read, see `tamis.layouts.names_by_kind`; known once rows are.
+
+    Raises:
+        ValueError: see `load_rows`.
+    """
+
+    def __init__(
+        self,
+        origin: Path | Dataset,
+        name: str,
+        *,
+        role: str,
+        prompt_column: str | None = None,
+        response_column: str | None = None,
+        weight_column: str | None = None,
+        skipped: list[dict[str, Any]] | None = None,
+    ):
+        self._named = tuple(column for column in (prompt_column, response_column) if column is not None)
+        if len(set(self._named)) == 1:
+            raise ValueError(f"{role}: `prompt_column` and `response_column` go together and name two columns.")
+        self.name, self.origin, self.weight_column = name, origin, weight_column
+        self.names: dict[str, str] = {}
+        self._place = partial(place_in_file, name)
+        self._check = ContentCheck(self._place)
+        self._sieve = RowSieve(name, self._place, skipped, weight_column)
+        self._found: dict[str, None] = {}
+        self._used: tuple[str, ...] = ()
+
+    def table(self) -> pa.Table:
+        """All rows."""
+        table = _one_table(list(self), self.name)
+        return table.select([column for column in table.column_names if not pa.types.is_null(table[column].type)])
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        rows: Rows = read_file(self.origin, self.name) if isinstance(self.origin, Path) else self.origin
+        check, num_read = self._check, 0
+        for batch in batches(rows):
+            table = self._read(batch)
+            if table is not None:
+                num_read += len(table)
+                yield table
+        if check.num_rows == 0:
+            raise ValueError(f"{self.name}: there are no rows. Give a file with at least one row.")
+        self._sieve.report(check.num_rows)
+        self._report(num_read)
+        check.finish()
+
+    def _read(self, batch: list[dict[str, Any]] | Dataset) -> pa.Table | None:
+        """Check rows under their own column names, then bring them into the columns of `load_rows`; None if none is."""
+        check, weight_column = self._check, self.weight_column
+        self._found |= dict.fromkeys(chain.from_iterable(batch) if isinstance(batch, list) else batch.column_names)
+        if not self._found:  # rows that could not be read have no columns
+            self._sieve.good_places(batch, {"": [None] * len(batch)}, None, {"": ""}, check)
+            return None
+        found = list(self._found)
+        self._used = choose_columns(found, self._named, weight_column, self.name, before=self._used)
+        self.names = names_by_kind(self._used, found, weight_column)
+        columns = {kind: column_values(batch, column) for kind, column in self.names.items()}
         if "messages" in columns:
             columns["messages"] = [chatml(messages) for messages in columns["messages"]]
-        batch_weights = None if weight_column is None else column_values(batch, weight_column)
+        weights = None if weight_column is None else column_values(batch, weight_column)
         first = check.num_rows
-        kept = sieve.good_places(batch, columns, batch_weights, names, check)
-        if batch_weights is not None:
-            weights += [batch_weights[i] for i in kept]
-        row_numbers += [first + i for i in kept]
-        if kept and check.is_good:
-            columns = {kind: [values[i] for i in kept] for kind, values in columns.items()}
-            with one_line(f"{name}: the rows do not fit into one table"):
-                tables.append(pa.table(normalized(columns)))
-    if check.num_rows == 0:
-        raise ValueError(f"{name}: there are no rows. Give a file with at least one row.")
-    sieve.report(check.num_rows)
-    read = [*names.values(), *filter(None, [weight_column])]
-    left = [column for column in found if not any(column in (one, one.partition(".")[0]) for one in read)]
-    unread = f"; not read: {', '.join(left)}" if left else ""
-    logger.info("%s: %d rows, from the columns %s%s", name, len(row_numbers), ", ".join(read), unread)
-    check.finish()
-    table = _one_table(tables, name)
-    table = table.select([column for column in table.column_names if not pa.types.is_null(table[column].type)])
-    if weight_column is not None:
-        table = table.append_column("weight", pa.array(check_weights(weights, weight_column, place)))
-    table = table.append_column("row", pa.array(row_numbers, pa.int64()))
-    return table.append_column("source", pa.repeat(name, len(table)))
+        kept = self._sieve.good_places(batch, columns, weights, self.names, check)
+        if not kept or not check.is_good:
+            return None
+        columns = {kind: [values[i] for i in kept] for kind, values in columns.items()}
+        with one_line(f"{self.name}: the rows do not fit into one table"):
+            table = pa.table(normalized(columns))
+        if weights is not None:
+            floats = check_weights(weights, str(weight_column), lambda i: self._place(first + i), kept)
+            table = table.append_column("weight", pa.array(floats))
+        table = table.append_column("row", pa.array([first + i for i in kept], pa.int64()))
+        return table.append_column("source", pa.repeat(self.name, len(table)))
+
+    def _report(self, num_read: int) -> None:
+        read = [*self.names.values(), *filter(None, [self.weight_column])]
+        left = [name for name in self._found if not any(name in (one, one.partition(".")[0]) for one in read)]
+        unread = f"; not read: {', '.join(left)}" if left else ""
+        logger.info("%s: %d rows, from the columns %s%s", self.name, num_read, ", ".join(read), unread)
 
 
 def _layout(table: pa.Table) -> set[str]:

@@ -19,13 +19,13 @@ from rich.text import Text
 from tamis.files import write_atomically
 from tamis.inputs import held_out_datasets
 from tamis.losses import evaluation_mode
+from tamis.output_dir import EXAMPLE
 from tamis.refining.generation import closing_tokens
 from tamis.rows import last_answer, row_name
 from tamis.trl_options import is_sharded
 
 logger = logging.getLogger(__name__)
 
-EXAMPLE = "inference_example.py"
 MAX_NEW_TOKENS = 128
 _QUESTION = "What is the capital of France?"  # a card is published, and rows may be private
 _NO_BASE = "[None](https://huggingface.co/None)"  # so TRL names a base model that is a folder

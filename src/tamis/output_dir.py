@@ -19,12 +19,13 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".tamis.lock"
 CONFIG_FILES = ("config.yaml", "tamis_config.yaml")  # the second where the first is the user's
 CARD_FILES = ("README.md", "MODEL_CARD.md")
+EXAMPLE = "inference_example.py"
 _RUN_FILES = (
     "metrics.jsonl", "refinements.parquet", "weights.parquet", "skipped_rows.jsonl", "scout.json", "scout.safetensors",
 )  # fmt: skip
 _WRITTEN_FILES = (
     *_RUN_FILES, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "training_args.bin", "inference_example.py",
+    "chat_template.jinja", "training_args.bin", EXAMPLE,
 )  # fmt: skip
 _MODEL_FILES = (
     "model*.safetensors",

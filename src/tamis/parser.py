@@ -1,4 +1,4 @@
-"""The parser of the commands: TRL's, with options in groups, and one line for what it does not know.
+"""The parser of the commands: TRL's, with one line for what it does not know.
 
 Settings come from flags, from a YAML file (`--config run.yaml`), or both; flags win.
 """
@@ -8,30 +8,16 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import TrainingArguments
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import TrlParser
 
-from tamis.config import REFINING_FIELDS, BilevelConfig
 from tamis.help import OPTIONS
-from tamis.run import DataArguments
 
-_TITLES = ("data", "selection and its two levels", "online refining", "model and LoRA", "rows to tokens", "training")
-_TRANSFORMERS_OWN = {f.name for f in fields(TrainingArguments)}
-_TRL_OWN = {f.name for f in fields(SFTConfig)} - _TRANSFORMERS_OWN
 _SCALARS = (bool, int, float)
 _BOTH_SPELLINGS = re.compile(r"(--\w+)/[\w/-]+")  # --max_steps/--max-steps
-
-
-def make_train_parser(command: str = "train") -> TrlParser:
-    """The parser of `tamis train`, and of `tamis score`."""
-    dataclass_types: Any = (DataArguments, BilevelConfig, ModelConfig)
-    usage = f"tamis {command} --model_name_or_path MODEL --train_dataset FILE [options]"
-    return _GroupedParser(dataclass_types, prog=f"tamis {command}", usage=usage)
 
 
 class StrictParser(TrlParser):
@@ -119,31 +105,6 @@ class StrictParser(TrlParser):
         """Names of all options, those of the short help first."""
         known = dict.fromkeys(a.dest for a in self._actions if a.option_strings and a.dest != argparse.SUPPRESS)
         return [*(name for name in OPTIONS if name in known), *(name for name in known if name not in OPTIONS)]
-
-
-class _GroupedParser(StrictParser):
-    """With the options in groups, in the help of all of them."""
-
-    def _add_dataclass_arguments(self, dtype: Any) -> None:
-        if not hasattr(self, "_groups"):
-            self._groups: Any = {title: self.add_argument_group(title) for title in _TITLES}
-        self._dtype = dtype
-        super()._add_dataclass_arguments(dtype)
-
-    def _parse_dataclass_field(self, parser: Any, field: Any) -> None:  # type: ignore[override]
-        TrlParser._parse_dataclass_field(self._groups[_title_of(self._dtype, field.name)], field)
-
-
-def _title_of(dtype: Any, name: str) -> str:
-    if dtype is DataArguments:
-        return "data"
-    if dtype is ModelConfig:
-        return "model and LoRA"
-    if name in REFINING_FIELDS:
-        return "online refining"
-    if name in _TRANSFORMERS_OWN:
-        return "training"
-    return "rows to tokens" if name in _TRL_OWN else "selection and its two levels"
 
 
 def _config_path(args: Sequence[str]) -> str:

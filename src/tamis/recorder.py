@@ -52,6 +52,7 @@ _REFINEMENTS = pa.schema(
         "statuses": pa.list_(pa.string()),
         "log_probs": pa.list_(pa.float64()),
         "response_weights": pa.list_(pa.float64()),
+        "response_p_right": pa.list_(pa.float64()),
         "weight": pa.float64(),
         "original_weight": pa.float64(),
         "is_refined": pa.bool_(),
@@ -182,7 +183,8 @@ class Recorder:
         table = pa.Table.from_pylist(rows, schema=_REFINEMENTS)
         path = self.output_dir / "refinements.parquet"
         if path.exists():
-            table = pa.concat_tables([pq.read_table(path), table])
+            # an earlier version of tamis may have written fewer columns
+            table = pa.concat_tables([pq.read_table(path), table], promote_options="default")
         table = table.replace_schema_metadata({"tamis_format_version": str(FORMAT_VERSION)})
         write_atomically(path, lambda temporary: pq.write_table(table, temporary))
 

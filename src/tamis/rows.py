@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from json.encoder import encode_basestring
@@ -161,10 +161,17 @@ class ContentCheck:
             raise ValueError(f'{self.place(bad[0][0])}, column "{name}": {bad[0][1]}.{more}')
 
 
-def check_weights(weights: list[Any], column: str, place: Callable[[int], str]) -> list[float]:
-    """Return the weights as floats; raise ValueError on the first that is not finite and >= 0."""
+def check_weights(
+    weights: list[Any], column: str, place: Callable[[int], str], places: Iterable[int] | None = None
+) -> list[float]:
+    """Return the weights as floats, those at ``places`` or all of them.
+
+    Raises:
+        ValueError: one of them is not finite and >= 0.
+    """
     floats = []
-    for i, value in enumerate(weights):
+    for i in range(len(weights)) if places is None else places:
+        value = weights[i]
         try:
             floats.append(float(value))
         except (TypeError, ValueError, OverflowError):
@@ -269,6 +276,8 @@ def _as_json(value: Any) -> str:
             f"{encode_basestring(key)}: {_as_json(item)}" for key, item in sorted(value.items()) if item is not None
         ]
         return f"{{{', '.join(fields)}}}"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # Arrow makes 1 a 1.0 where another row of the column has 0.5
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 

@@ -16,12 +16,12 @@ from tamis.data import load_rows
 from tamis.inference import show_row, write_example
 from tamis.output_dir import claimed, config_path, finished_step, mark_finished, refuse_busy, refuse_earlier_run
 from tamis.prerequisites import check_prerequisites, find_model
-from tamis.progress import ProgressCallback, use_progress
 from tamis.recorder import LAST, checkpoint_step, find_checkpoint
 from tamis.settings import given_fields, warn_without_effect
 from tamis.sources import load_sources
 from tamis.stopping import Stopped, StopSignals
 from tamis.trainer import BilevelTrainer
+from tamis.training_progress import ProgressCallback, use_progress
 
 logger = logging.getLogger(__name__)
 

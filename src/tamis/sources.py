@@ -16,41 +16,56 @@ from tamis.data import joined, origins_of, read_rows
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one file of a source, or of a data set that is no file.
+    """One file of a source, or a data set that is no file.
 
     Attributes:
         source: what the user has named it by, patterns resolved.
         name, origin: see `tamis.data.origins_of`.
-        table: its rows, see `tamis.data.read_rows`.
+        title: what its rows have in the column `source`.
+        weight: of its rows, beside what they weigh themselves; None where sources have no weights.
     """
 
     source: str
     name: str
     origin: Path | Dataset
-    table: pa.Table
+    title: str
+    weight: float | None
+
+    def of_source(self, table: pa.Table) -> pa.Table:
+        """Rows of the file, with the weight and the title of their source."""
+        if self.weight is not None:
+            table = _weighted(table, self.weight)
+        return table if self.title == self.name else _replace(table, "source", pa.repeat(self.title, len(table)))
 
 
-def load_sources(sources: Sequence[str], *, role: str, **options: Any) -> Dataset:
-    """Load and check the rows of all sources, in their order; see `parts_of`."""
-    return joined([part.table for part in parts_of(sources, role=role, **options)], role)
-
-
-def parts_of(
+def load_sources(
     sources: Sequence[str],
     *,
     role: str,
     source_weights: Sequence[float] | None = None,
     split: str = "train",
     **options: Any,
+) -> Dataset:
+    """Load and check the rows of all sources, in their order; see `parts_of`.
+
+    Args:
+        options: see `tamis.data.load_rows`.
+    """
+    parts = parts_of(sources, role=role, source_weights=source_weights, split=split)
+    tables = [part.of_source(read_rows(part.origin, part.name, role=role, **options)) for part in parts]
+    return joined(tables, role)
+
+
+def parts_of(
+    sources: Sequence[str], *, role: str, source_weights: Sequence[float] | None = None, split: str = "train"
 ) -> list[Part]:
-    """The rows of all sources, file by file.
+    """The files of all sources, in their order.
 
     Args:
         sources: each as in `tamis.data.load_rows`, or a pattern of files, such as ``data/*.parquet`` or ``**/*.jsonl``.
         role, split: see there.
         source_weights: one for each source, which all of its rows get in the column `weight`; a weight of the row's own
             is multiplied by it.
-        options: see there.
 
     Raises:
         ValueError: see there; or a pattern matches nothing, a file is named twice, or the weights are not as many.
@@ -60,21 +75,18 @@ def parts_of(
             raise ValueError(
                 f"{len(source_weights)} `source_weights` for {len(sources)} sources of {role}: give one for each"
             )
-        for source, weight in zip(sources, source_weights, strict=True):
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{source}: the weight {weight} is not a finite number >= 0. Correct `source_weights`")
+        for source, given in zip(sources, source_weights, strict=True):
+            if not 0 <= given < math.inf:
+                raise ValueError(f"{source}: the weight {given} is not a finite number >= 0. Correct `source_weights`")
     paths = [(path, k) for k, source in enumerate(sources) for path in _matches(source, role)]
     _refuse_twice([path for path, _ in paths], role)
     file_names = [Path(path).name for path, _ in paths]
     parts = []
     for (path, k), file_name in zip(paths, file_names, strict=True):
+        is_only_one = file_names.count(file_name) == 1  # or the name would not tell which file it is
         for name, origin in origins_of(path, role, split):
-            table = read_rows(origin, name, role=role, **options)
-            if source_weights is not None:
-                table = _weighted(table, source_weights[k])
-            if file_names.count(file_name) > 1:  # a name would not tell which file it is
-                table = _replace(table, "source", pa.repeat(path, len(table)))
-            parts.append(Part(path, name, origin, table))
+            weight = None if source_weights is None else source_weights[k]
+            parts.append(Part(path, name, origin, name if is_only_one else path, weight))
     return parts
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tamis.inference import EXAMPLE
+from tamis.output_dir import EXAMPLE
 
 
 def summarize(output_dir: str | Path, *, has_held_out: bool) -> list[tuple[str, str]]:

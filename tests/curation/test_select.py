@@ -1,6 +1,5 @@
 """`tamis select`: kept rows come out as they went in, in every format; rows that have changed are refused."""
 
-import csv
 import gzip
 import json
 
@@ -11,61 +10,10 @@ import pytest
 import yaml
 from conftest import message_of
 from datasets import Dataset, DatasetDict, load_from_disk
+from weighed_files import P_RIGHT, ROWS, as_csv, chosen, json_lines, write_as
 
 from tamis.cli import main
-from tamis.curation.select import SelectArguments, select
-from tamis.output_dir import write_config
-from tamis.rows import check_rows, row_table
 from tamis.sources import load_sources
-
-ROWS = [
-    {"prompt": "1=", "completion": "11", "note": "é"},
-    {"prompt": "2=", "completion": 'say "no",\nthen go', "note": "007"},
-    {"prompt": "3=", "completion": "33", "note": ""},
-    {"prompt": "4=", "completion": "44", "note": "NA"},
-]
-P_RIGHT = [0.9, 0.7, 0.1, 0.8]
-
-
-@pytest.fixture
-def weigh(tmp_path, monkeypatch):
-    """Weigh the rows of files, as a run in the folder ``run`` has; the working directory holds the files."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(*sources, p_right=P_RIGHT, **config):
-        names = ("prompt_column", "response_column", "weight_column")
-        options = {name: config[name] for name in names if name in config}
-        split = config.get("train_split", "train")
-        skipped = [] if config.get("skip_bad_rows") else None
-        rows = load_sources([str(s) for s in sources], role="train_dataset", split=split, skipped=skipped, **options)
-        weights = row_table(rows, check_rows(rows, "train_dataset"))
-        p_right = np.resize(p_right, len(rows))
-        columns = {"weight": p_right**2 / np.mean(p_right**2), "p_right": p_right, "score": np.log(p_right)}
-        for name, values in (columns | {"kept": p_right >= 0.5}).items():
-            weights = weights.append_column(name, pa.array(values))
-        (tmp_path / "run").mkdir(exist_ok=True)
-        pq.write_table(weights, tmp_path / "run" / "weights.parquet")
-        settings = {"train_dataset": list(map(str, sources)), **config, "run_info": {"format_version": 4}}
-        write_config(tmp_path / "run/config.yaml", settings)
-        return tmp_path
-
-    return make
-
-
-def chosen(**settings):
-    return select(SelectArguments(**{"weights": "run", "output_dir": "clean"} | settings))
-
-
-def json_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def as_csv(path, rows, delimiter=",", end="\r\n"):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], delimiter=delimiter, lineterminator=end)
-        writer.writeheader()
-        writer.writerows(rows)
-
 
 # --- formats ----------------------------------------------------------------------------------------------------------
 
@@ -177,15 +125,7 @@ def test_rows_that_were_skipped_are_neither_kept_nor_dropped(weigh, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "saved"])
 def test_what_the_run_knows_can_stand_beside_each_row(weigh, tmp_path, name):
-    write = {
-        "a.jsonl": lambda path: path.write_text(json_lines(ROWS), encoding="utf-8"),
-        "a.json": lambda path: path.write_text(json.dumps(ROWS), encoding="utf-8"),
-        "a.csv": lambda path: as_csv(path, ROWS),
-        "a.tsv": lambda path: as_csv(path, ROWS, "\t"),
-        "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
-        "saved": lambda path: Dataset.from_list(ROWS).save_to_disk(path),
-    }[name]
-    write(tmp_path / name)
+    write_as(tmp_path / name, ROWS)
     weigh(name)
     chosen(add_columns=True)
     again = load_sources(["clean/" + name], role="train_dataset", weight_column="tamis_weight")

@@ -344,6 +344,10 @@ def test_scores_of_original_responses_stay_those_that_the_scout_gave(bilevel, sc
     assert table["refined"] == [False] * 6 + [True] * 6, "the wrong rows"
     assert table["p_right"] == pytest.approx(torch.sigmoid(scores[0]).tolist(), abs=1e-6)
     assert table["kept"] == [True] * 6 + [False] * 6
+    responses = trainer.weighting.refiner.buffer.rows
+    for record in pq.read_table(tmp_path / "run" / "refinements.parquet").to_pylist()[-6:]:
+        known = [response.p_right for response in responses[record["example_id"]].responses]
+        assert record["response_p_right"] == pytest.approx(known)
     weights = worth(torch.sigmoid(scores[0]))
     assert table["weight"] == pytest.approx((weights / weights.mean()).tolist(), abs=1e-5)
     assert sum(table["weight"][6:]) / sum(table["weight"]) < 0.03
@@ -384,6 +388,8 @@ def test_responses_are_visited_as_often_as_they_are_right(bilevel, script, tmp_p
     lines = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "validation_loss" in line]
     assert [line["rho"] for line in lines] == pytest.approx([12 / (12 + n) for n in useful], abs=1e-6)
     assert useful[2] > 10 > useful[0]
+    first, *_ = pq.read_table(tmp_path / "run" / "refinements.parquet").to_pylist()
+    assert first["response_p_right"][0] > 0.9 and max(first["response_p_right"][1:]) < 0.2
 
 
 def test_the_visits_of_a_refresh_count_from_the_next_step_on(bilevel, script):
@@ -488,6 +494,7 @@ def test_refinements_hold_prompts_responses_and_what_they_count(bilevel, script,
         ]
         assert sum(usable) == pytest.approx(1) == pytest.approx(sum(record["response_weights"]))
         assert all(weight > 0 for weight in usable) and record["is_refined"]
+        assert record["response_p_right"] == [None] * 5, "there is no scout"
         assert all(log_prob < 0 for log_prob in record["log_probs"][1:]) and record["log_probs"][0] == 0
     # Weights of a refresh are by its mean, those of the other table by the mean over original responses.
     ratios = [row["original_weight"] / final[row["example_id"]]["weight"] for row in records if row["step"] == 2]

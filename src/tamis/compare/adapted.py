@@ -14,10 +14,10 @@ import torch
 from transformers import TrainerCallback
 
 from tamis.config import BilevelConfig
-from tamis.progress import ProgressCallback, use_progress
 from tamis.randomness import permutation, seeded
 from tamis.selection.scout import ScoutSettings, descend, put_back, scout_lengths
 from tamis.trainer import BilevelTrainer
+from tamis.training_progress import ProgressCallback, use_progress
 
 # LESS (arXiv 2402.04333): a random 5% of the rows, four epochs.
 _WARM_UP_SHARE, _WARM_UP_EPOCHS = 0.05, 4

@@ -24,7 +24,10 @@ import pyarrow as pa
 from datasets import Dataset
 
 from tamis.curation.choice import Choice, Mask, ranks
-from tamis.curation.originals import Columns, write_rows
+from tamis.curation.originals import Columns, Wanted, rounded, write_rows
+from tamis.curation.overrides import apply_overrides, read_overrides
+from tamis.curation.refined import USES, NewResponse, read_responses
+from tamis.curation.upload import check_upload, upload
 from tamis.curation.weighed import Source, find_sources, read_weights, weights_path
 from tamis.files import write_atomically
 from tamis.summary import rows_kept
@@ -32,7 +35,8 @@ from tamis.summary import rows_kept
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+REFINEMENTS = "refinements.parquet"
+FORMAT_VERSION = 2
 _REREADING = ("train_dataset", "prompt_column", "response_column", "weight_column", "train_split", "skip_bad_rows")
 
 
@@ -46,8 +50,12 @@ class SelectArguments:
         keep, top_k, min_p_right, sample, per_source, seed: see `tamis.curation.choice.Choice`.
         add_columns: write weight, probability and rank of every row beside it; the rank is 0 for rows that were left
             out of training.
+        use_refined: write dropped rows after all, with new responses of a refining run; see
+            `tamis.curation.refined.read_responses`.
+        overrides: a file of rows that are kept or dropped whatever the run says; see `tamis.curation.overrides`.
         dropped_dir: where the other rows go.
         overwrite_output_dir: replace files that are there.
+        hub_dataset_id, hub_private_repo, hub_token: upload what was written, see `tamis.curation.upload`.
         train_dataset, prompt_column, response_column, weight_column, train_split, skip_bad_rows: as for `tamis train`,
             which has noted them.
     """
@@ -63,8 +71,23 @@ class SelectArguments:
     add_columns: bool = field(
         default=False, metadata={"help": "Add the columns tamis_weight, tamis_p_right and tamis_rank."}
     )
+    use_refined: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write dropped rows with new responses of a refining run: the 'best' one of each, or 'all'.",
+            "choices": USES,
+        },
+    )
+    overrides: str | None = field(
+        default=None, metadata={"help": "Rows to keep or drop whatever the run says, as its report exports them."}
+    )
     dropped_dir: str | None = field(default=None, metadata={"help": "Folder for the rows that are not kept."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace files that are there."})
+    hub_dataset_id: str | None = field(
+        default=None, metadata={"help": "Upload to this data set of the hub, USER/NAME."}
+    )
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new one on the hub is private."})
+    hub_token: str | None = field(default=None, metadata={"help": "Token for the hub, if `hf auth login` has none."})
     train_dataset: list[str] | None = field(
         default=None, metadata={"help": "The rows, where they are not where the run has read them."}
     )
@@ -85,11 +108,17 @@ def select(arguments: SelectArguments) -> list[tuple[str, Any]]:
             or a file would be overwritten.
     """
     choice = Choice(**{f.name: getattr(arguments, f.name) for f in fields(Choice)})
+    check_upload(arguments.hub_dataset_id, arguments.hub_private_repo, arguments.hub_token)
     path = weights_path(arguments.weights)
     weights = read_weights(path)
-    sources, folders = find_sources(path.parent, {name: getattr(arguments, name) for name in _REREADING}, weights)
-    is_kept_N = choice.rows(weights)
-    columns = _added_columns(weights) if arguments.add_columns else {}
+    chosen_N = choice.rows(weights)
+    overrides = read_overrides(arguments.overrides, path) if arguments.overrides else {}
+    is_kept_N = apply_overrides(chosen_N, overrides)
+    responses = dict[int, list[NewResponse]]()
+    if arguments.use_refined:
+        responses = read_responses(path.parent / REFINEMENTS, arguments.use_refined, is_kept_N)
+    columns = _added_columns(weights, overrides, arguments.use_refined) if arguments.add_columns else {}
+    sources, folders = find_sources(path, {name: getattr(arguments, name) for name in _REREADING}, weights)
     output_dirs = {True: Path(arguments.output_dir)}
     if arguments.dropped_dir is not None:
         output_dirs[False] = Path(arguments.dropped_dir)
@@ -101,33 +130,47 @@ def select(arguments: SelectArguments) -> list[tuple[str, Any]]:
         staged = {kept: stack.enter_context(_staging(folder)) for kept, folder in output_dirs.items()}
         for kept, folder in staged.items():
             for source, name in zip(sources, names, strict=True):
-                _write(source, is_kept_N == kept, columns, folder / name)
-        manifest = _manifest(arguments, choice, path, weights, sources, is_kept_N)
+                _write(source, is_kept_N == kept, columns, responses if kept else {}, folder / name)
+        manifest = _manifest(arguments, choice, path, sources, is_kept_N, responses)
         (output_dirs[True] / MANIFEST).unlink(missing_ok=True)  # it would not be of these files
         for kept, folder in staged.items():
             for name in names:
                 _put(folder / name, output_dirs[kept] / name)
         write_atomically(output_dirs[True] / MANIFEST, lambda file: file.write_text(manifest, encoding="utf-8"))
-    written = [("kept" if kept else "dropped", folder / name) for kept, folder in output_dirs.items() for name in names]
-    return [rows_kept(pa.array(is_kept_N)), *written, ("manifest", output_dirs[True] / MANIFEST)]
+    lines = [rows_kept(pa.array(is_kept_N))]
+    if responses:
+        num_written = sum(map(len, responses.values()))
+        lines.append(("new responses", f"{num_written} of {len(responses)} rows that were dropped"))
+    if changed := int((chosen_N != is_kept_N).sum()):
+        lines.append(("overrides", f"{changed} rows changed"))
+    lines += [("kept" if kept else "dropped", str(d / name)) for kept, d in output_dirs.items() for name in names]
+    lines.append(("manifest", str(output_dirs[True] / MANIFEST)))
+    if arguments.hub_dataset_id:
+        lines.append(("uploaded", upload(output_dirs[True], [*names, MANIFEST], arguments)))
+    return lines
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-def _added_columns(weights: pa.Table) -> Columns:
-    """For each weighed row, by the name of its column."""
+def _added_columns(weights: pa.Table, overrides: dict[int, bool], use_refined: str | None) -> Columns:
+    """For each weighed row, by the name of its column. A row that a person keeps counts as right, with weight one."""
     columns = {f"tamis_{name}": _rounded(weights[name].to_numpy()) for name in ("weight", "p_right")}
     try:
         columns["tamis_rank"] = ranks(weights).astype(np.int64)
     except ValueError as error:
         logger.warning(f"the column tamis_rank is left out: {error}")
+    for place, is_kept in overrides.items():
+        weight = columns["tamis_weight"][place]
+        columns["tamis_weight"][place] = max(weight, 1.0) if is_kept else 0.0
+        columns["tamis_p_right"][place] = float(is_kept)
+    if use_refined:
+        columns["tamis_refined"] = np.zeros(len(weights), dtype=bool)
     return columns
 
 
 def _rounded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """To six digits: they go into text."""
-    return np.array([float(f"{value:.6g}") for value in values.tolist()])
+    return np.array([rounded(value) for value in values.tolist()])
 
 
 def _file_names(sources: list[Source]) -> list[str]:
@@ -193,7 +236,9 @@ def _put(staged: Path, target: Path) -> None:
     staged.replace(target)
 
 
-def _write(source: Source, chosen_N: Mask, columns: Columns, target: Path) -> None:
+def _write(
+    source: Source, chosen_N: Mask, columns: Columns, responses: dict[int, list[NewResponse]], target: Path
+) -> None:
     """From rows as they were weighed to rows as they stand in the file, where there may be more: those left out."""
     target.parent.mkdir(parents=True, exist_ok=True)
 
@@ -202,33 +247,42 @@ def _write(source: Source, chosen_N: Mask, columns: Columns, target: Path) -> No
         values_R[source.place_R] = values_N[source.rows]
         return values_R
 
-    num_rows = source.num_rows
+    num_rows, first = source.num_rows, source.rows.start
+    mine = {int(source.place_R[i - first]): new for i, new in responses.items() if first <= i < source.rows.stop}
     spread_columns = {name: spread(values_N) for name, values_N in columns.items()}
-    write_rows(source.origin, source.name, spread(chosen_N), spread_columns, target)
+    write_rows(source.origin, source.name, Wanted(spread(chosen_N), spread_columns, source.names, mine), target)
 
 
 def _manifest(
     arguments: SelectArguments,
     choice: Choice,
     path: Path,
-    weights: pa.Table,
     sources: list[Source],
     is_kept_N: Mask,
+    responses: dict[int, list[NewResponse]],
 ) -> str:
     """Where the rows are from; no time and no folder of this machine, so that the same command gives the same bytes."""
+
+    def num_new(rows: slice) -> int:
+        return sum(len(new) for i, new in responses.items() if rows.start <= i < rows.stop)
+
+    overrides = None if arguments.overrides is None else Path(arguments.overrides).expanduser()
     found = {
         "format_version": FORMAT_VERSION,
         "versions": {"tamis": version("tamis")},
         "weights": {"file": path.name, "blake2b": _digest(path)},
-        "settings": asdict(choice) | {"add_columns": arguments.add_columns},
-        "num_rows": len(weights),
+        "overrides": overrides and {"file": overrides.name, "blake2b": _digest(overrides)},
+        "settings": asdict(choice) | {name: getattr(arguments, name) for name in ("use_refined", "add_columns")},
+        "num_rows": len(is_kept_N),
         "num_kept": int(is_kept_N.sum()),
+        "num_new_responses": num_new(slice(0, len(is_kept_N))),
         "sources": [
             {
                 "name": source.name,
                 "blake2b": _digest(source.origin) if isinstance(source.origin, Path) else None,
                 "num_rows": len(source.place_R),
                 "num_kept": int(is_kept_N[source.rows].sum()),
+                "num_new_responses": num_new(source.rows),
             }
             for source in sources
         ],

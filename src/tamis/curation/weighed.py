@@ -1,5 +1,9 @@
-"""What was weighed: the weights of a run, and the files whose rows they belong to."""
+"""What was weighed: the weights of a run, and the files whose rows they belong to.
 
+A run may have ten million rows: their weights are held as numbers, their hashes and what they say are read in batches.
+"""
+
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +15,14 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset
 
-from tamis.data import joined
+from tamis.data import RowReader
 from tamis.output_dir import CONFIG_FILES, config_path
 from tamis.readers import kind_of
-from tamis.rows import check_rows, row_name
+from tamis.rows import BATCH_SIZE, check_rows, place_in_file
 from tamis.sources import parts_of
 
 _WEIGHTS = "weights.parquet"
+_NUMBERS = ("source", "row", "weight", "p_right", "score", "kept")
 
 
 @dataclass
@@ -28,6 +33,7 @@ class Source:
         name: what the run calls it.
         origin: see `tamis.data.origins_of`.
         path: of the file or of the saved data set; None where it is from the hub.
+        names: what it calls the columns of prompt and response, see `tamis.layouts.names_by_kind`.
         rows: its rows of `weights.parquet`.
         place_R: where each of them stands in the file.
     """
@@ -35,6 +41,7 @@ class Source:
     name: str
     origin: Path | Dataset
     path: Path | None
+    names: dict[str, str]
     rows: slice
     place_R: np.ndarray[Any, Any]
 
@@ -62,50 +69,52 @@ def weights_path(given: str) -> Path:
 
 
 def read_weights(path: Path) -> pa.Table:
-    """One row per training row, see `tamis.recorder.Recorder.write_weights`.
+    """One row per training row, see `tamis.recorder.Recorder.write_weights`; without the hashes.
 
     Raises:
         ValueError: it cannot be read, or has not the columns.
     """
     try:
-        weights = pq.read_table(path)
+        names = pq.read_schema(path).names
+        if missing := [name for name in (*_NUMBERS, "content_hash") if name not in names]:
+            raise ValueError(f'{path}: no column "{missing[0]}": it was not written by this version of tamis')
+        return pq.read_table(path, columns=list(_NUMBERS), read_dictionary=["source"])
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({error}). Check that it is whole") from error
-    names = ("source", "row", "content_hash", "weight", "p_right", "score", "kept")
-    if missing := [name for name in names if name not in weights.column_names]:
-        raise ValueError(f'{path}: no column "{missing[0]}": it was not written by this version of tamis')
-    return weights
 
 
-def find_sources(run_dir: Path, given: dict[str, Any], weights: pa.Table) -> tuple[list[Source], list[Path]]:
-    """The files of the run, in order, and which of them are folders.
+def find_sources(path: Path, given: dict[str, Any], weights: pa.Table) -> tuple[list[Source], list[Path]]:
+    """The files of a run, in order, and which of them are folders.
 
     Args:
-        run_dir: its configuration says how its rows were read.
-        given: settings that take the place of those of the run, where they are not empty; see `Rereading`.
+        path: of its `weights.parquet`; the configuration beside it says how its rows were read.
+        given: settings that take the place of those of the run, where they are not empty.
+        weights: see `read_weights`.
 
     Raises:
         ValueError: a row no longer says what it said when it was weighed, or a file is missing.
     """
-    settings = _config_of(run_dir) | {name: value for name, value in given.items() if value}
+    settings = _config_of(path.parent) | {name: value for name, value in given.items() if value}
     if not settings.get("train_dataset"):
-        raise ValueError(f"{run_dir} does not say which rows were weighed: give `train_dataset`")
+        raise ValueError(f"{path.parent} does not say which rows were weighed: give `train_dataset`")
     named = settings["train_dataset"]
-    parts = parts_of(
-        [named] if isinstance(named, str) else named,
-        role="train_dataset",
-        split=settings.get("train_split", "train"),
-        skipped=[] if settings.get("skip_bad_rows") else None,
-        **{name: settings.get(name) for name in ("prompt_column", "response_column", "weight_column")},
-    )
-    _compare(weights, joined([part.table for part in parts], "train_dataset"))
+    role, split = "train_dataset", settings.get("train_split", "train")
+    parts = parts_of([named] if isinstance(named, str) else named, role=role, split=split)
+    columns = {name: settings.get(name) for name in ("prompt_column", "response_column", "weight_column")}
+    known, row_N = _known_rows(path), weights["row"]
     sources, first = list[Source](), 0
     for part in parts:
-        path = part.origin if isinstance(part.origin, Path) else Path(part.source).expanduser()
-        places = slice(first, first + len(part.table))
-        known = path.resolve() if path.exists() else None
-        sources.append(Source(part.name, part.origin, known, places, part.table["row"].to_numpy()))
+        skipped: list[dict[str, Any]] | None = [] if settings.get("skip_bad_rows") else None
+        reader = RowReader(part.origin, part.name, role=role, skipped=skipped, **columns)
+        num_rows = sum(_compare(part.of_source(table), known) for table in reader)
+        file = part.origin if isinstance(part.origin, Path) else Path(part.source).expanduser()
+        places = slice(first, first + num_rows)
+        place_R = row_N.slice(first, num_rows).to_numpy()
+        resolved = file.resolve() if file.exists() else None
+        sources.append(Source(part.name, part.origin, resolved, reader.names, places, place_R))
         first = places.stop
+    if first < len(weights):
+        raise ValueError(f"{len(weights)} rows were weighed, and there are {first}. Give the rows of the run")
     folders = {Path(part.source).expanduser() for part in parts}
     return sources, [folder.resolve() for folder in folders if folder.is_dir()]
 
@@ -120,17 +129,28 @@ def _config_of(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def _compare(weights: pa.Table, rows: Dataset) -> None:
-    found = zip(rows["row"][:], check_rows(rows, "train_dataset"), strict=True)
-    known = zip(weights["row"].to_pylist(), weights["content_hash"].to_pylist(), strict=True)
-    for i, (now, before) in enumerate(zip(found, known, strict=False)):
-        if now != before:
+def _known_rows(path: Path) -> Iterator[tuple[int, str]]:
+    """Of every row that was weighed, in order: where it stood in its file, and the hash of what it said."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(BATCH_SIZE, columns=["row", "content_hash"]):
+            yield from zip(batch["row"].to_pylist(), batch["content_hash"].to_pylist(), strict=True)
+
+
+def _compare(table: pa.Table, known: Iterator[tuple[int, str]]) -> int:
+    """Compare the next rows of a file with the next that were weighed; returns how many they are."""
+    rows = zip(
+        table["source"].to_pylist(),
+        table["row"].to_pylist(),
+        check_rows(Dataset(table, fingerprint="batch"), ""),
+        strict=True,
+    )
+    for name, row, content_hash in rows:
+        before = next(known, None)
+        if before is None:
+            raise ValueError(f"{name}: rows were added since they were weighed. Give the rows of the run")
+        if before != (row, content_hash):
             raise ValueError(
-                f"{row_name(rows, 'train_dataset', i)} does not say what it said when it was weighed. Give the rows of "
-                "the run, or weigh them anew"
+                f"{place_in_file(name, row)} does not say what it said when it was weighed. Give the rows of the run, "
+                "or weigh them anew"
             )
-    if len(rows) > len(weights):
-        name = rows[len(weights)]["source"]
-        raise ValueError(f"{name}: rows were added since they were weighed. Give the rows of the run")
-    if len(rows) < len(weights):
-        raise ValueError(f"{len(weights)} rows were weighed, and there are {len(rows)}. Give the rows of the run")
+    return len(table)

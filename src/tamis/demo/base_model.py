@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from tamis.progress import ProgressCallback, use_progress
+from tamis.training_progress import ProgressCallback, use_progress
 
 logger = logging.getLogger(__name__)
 

@@ -292,16 +292,20 @@ class Refiner:
         }
 
     def _record(self, example_id: int, completions: list[Completion], statuses: list[str]) -> dict[str, Any]:
-        weights = [0.0] * len(completions)
+        weights: list[float] = [0.0] * len(completions)
+        p_right: list[float | None] = [None] * len(completions)
         if example_id in self.buffer.rows:
             usable = [j for j, status in enumerate(statuses) if status == "usable"]
-            for j, weight in zip(usable, self.buffer.weights(example_id).tolist(), strict=True):
+            responses = self.buffer.rows[example_id].responses
+            for j, weight, response in zip(usable, self.buffer.weights(example_id).tolist(), responses, strict=True):
                 weights[j] = weight
+                p_right[j] = response.p_right if self._scoring_scout else None
         return {
             "token_ids": [c.token_ids for c in completions],
             "log_probs": [c.log_prob for c in completions],
             "statuses": statuses,
             "response_weights": weights,
+            "response_p_right": p_right,
             "is_refined": example_id in self.buffer.rows,
         }
 

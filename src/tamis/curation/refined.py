@@ -1,0 +1,110 @@
+"""New responses for rows that are dropped: those that a refining run wrote last (`tamis select --use_refined`)."""
+
+import logging
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tamis.curation.choice import Mask
+from tamis.layouts import chatml
+from tamis.rows import last_answer
+
+logger = logging.getLogger(__name__)
+
+USES = ("best", "all")
+_COLUMNS = ["example_id", "step", "responses", "response_weights", "weight"]
+
+
+@dataclass(frozen=True)
+class NewResponse:
+    """A generated response that takes the place of a row's own.
+
+    Attributes:
+        p_right: probability that it is right, by the scout of the run; NaN where there was none.
+        weight: of the row that it makes, as `weights.parquet` has those of the others.
+    """
+
+    text: str
+    p_right: float
+    weight: float
+
+
+def read_responses(path: Path, use: str, is_kept_N: Mask) -> dict[int, list[NewResponse]]:
+    """The responses that take the place of those of dropped rows, by the rows' places in `weights.parquet`.
+
+    Only of the last time that a row was refined, and only those that are more likely right than wrong, where the run
+    knows that.
+
+    Args:
+        path: `refinements.parquet` of a run.
+        use: ``best``, the one that is most likely right, of equals the one with the highest weight; ``all``, every one
+            as a row of its own.
+        is_kept_N: of these rows the own response stays.
+
+    Raises:
+        ValueError: the run has refined no rows, or ``use`` is none of the two.
+    """
+    if use not in USES:
+        raise ValueError(f"use_refined must be one of {', '.join(USES)}, got {use!r}")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file: the run has refined no rows. Leave `use_refined` out")
+    with pq.ParquetFile(path) as file:
+        is_scored = "response_p_right" in file.schema_arrow.names
+        columns = [*_COLUMNS, *(["response_p_right"] if is_scored else [])]
+        last = dict[int, dict[str, Any]]()
+        for batch in file.iter_batches(columns=columns):
+            for record in batch.to_pylist():
+                place = record["example_id"]
+                if not is_kept_N[place] and record["step"] >= last.get(place, record)["step"]:
+                    last[place] = record
+    found = {i: _usable(record, use) for i, record in sorted(last.items())}
+    if any(math.isnan(response.p_right) for responses in found.values() for response in responses):
+        logger.warning("the run does not know how likely its new responses are right: all that could be used are taken")
+    return {i: responses for i, responses in found.items() if responses}
+
+
+def _usable(record: dict[str, Any], use: str) -> list[NewResponse]:
+    """Best first; a response that was generated twice counts once, with the weight of both."""
+    p_right = record.get("response_p_right") or [math.nan] * len(record["responses"])
+    found = dict[str, NewResponse]()
+    for text, p, share in zip(record["responses"], p_right, record["response_weights"], strict=True):
+        p = math.nan if p is None else p
+        if share > 0 and text.strip() and not p < 0.5:
+            before = found[text].weight if text in found else 0.0
+            found[text] = NewResponse(text, p, before + share * record["weight"])
+    ordered = sorted(found.values(), key=lambda response: (-response.p_right, -response.weight))
+    return [NewResponse(r.text, r.p_right, record["weight"]) for r in ordered[:1]] if use == "best" else ordered
+
+
+def with_response(row: Mapping[str, Any], names: Mapping[str, str], text: str) -> dict[str, Any]:
+    """A row as its file has it, with another response.
+
+    Args:
+        names: what the file calls its columns, see `tamis.layouts.names_by_kind`.
+    """
+    column = names.get("completion") or names["messages"]
+    new = dict(row)
+    if column in row:
+        new[column] = _replaced(row[column], text)
+        return new
+    root, *inner = column.split(".")
+    new[root] = holder = deepcopy(row[root])
+    for name in inner[:-1]:
+        holder = holder[name]
+    holder[inner[-1]] = _replaced(holder[inner[-1]], text)
+    return new
+
+
+def _replaced(old: Any, text: str) -> Any:
+    """A response in the form of the old one: text, or messages of which the last answer is replaced."""
+    if isinstance(old, str):
+        return text
+    messages = [dict(message) for message in old]
+    answer = messages[last_answer(chatml(old))]
+    answer["value" if "value" in answer else "content"] = text
+    return messages
