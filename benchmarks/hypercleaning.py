@@ -272,7 +272,7 @@ def send_scout(row_weights: ScoutWeights, method: Method, world: World, seed: in
     rows_V = torch.arange(len(world.validation[1]))
     (model,) = scouts(rows_V, world, seed, best.learning_rate, [best.num_steps])
     score_N = as_array(model.losses(images, labels))
-    calibration = calibrate(score_N, best, sample.numpy(), belief, seed)
+    calibration, _, _ = calibrate(score_N, best, sample.numpy(), belief, seed)
     p_right_N = calibration.p_right(score_N)
     if calibration.is_believed:
         row_weights.settle(torch.arange(len(labels)), torch.from_numpy(p_right_N))

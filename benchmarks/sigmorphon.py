@@ -84,14 +84,18 @@ def as_pair(row: Row, language: str) -> dict[str, str]:
     return {"prompt": f"<{language}>{lemma}" + "".join(f"<{tag}>" for tag in tags.split(";")) + "=", "completion": form}
 
 
-def make_task(folder: Path, seed: int, pretrain_steps: int, always_wrong: str | None = None) -> Task:
+def make_task(
+    folder: Path, seed: int, pretrain_steps: int, always_wrong: str | None = None, hidden_size: int = 96
+) -> Task:
     """Files and base model of one seed; made once.
 
     Args:
+        hidden_size: of the base model; 96 makes 0.37M parameters.
         always_wrong: a part of speech whose training forms are all wrong (the base model has seen right and wrong
             ones). The clean file then has the right form to every question.
     """
-    task = Task.in_folder(folder, f"sigmorphon {seed} {pretrain_steps}" + (f" {always_wrong}" if always_wrong else ""))
+    fingerprint = f"sigmorphon {seed} {pretrain_steps}" + (f" {always_wrong}" if always_wrong else "")
+    task = Task.in_folder(folder, fingerprint + (f" width {hidden_size}" if hidden_size != 96 else ""))
     manifest = folder / "task.txt"
     if manifest.is_file():
         if manifest.read_text(encoding="utf-8") != task.fingerprint:
@@ -128,7 +132,7 @@ def make_task(folder: Path, seed: int, pretrain_steps: int, always_wrong: str | 
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     everything = [pair["prompt"] + pair["completion"] for pair in chain(pretraining, *files.values())]
     tokenizer = build_tokenizer(everything)
-    model = build_model(tokenizer, hidden_size=96, num_layers=3, seed=seed)  # 0.37M parameters
+    model = build_model(tokenizer, hidden_size=hidden_size, num_layers=3, seed=seed)
     pretrain(
         model, tokenizer, pretraining, task.model_dir, num_steps=pretrain_steps, batch_size=64, learning_rate=2e-3,
         seed=seed,

@@ -182,9 +182,13 @@ def test_numbers_that_are_none_are_null_in_scout_json(tmp_path):
         np.zeros((4, 9)),
     )
     finding = Finding(1e-3, 4, 1.0, calibration, float("nan"))
-    Recorder(tmp_path).write_scout(Outcome(finding, [trial], 0.0, torch.zeros(9), torch.ones(9)).to_dict())
+    outcome = Outcome(finding, [trial], 0.0, *[torch.ones(9)] * 3, np.zeros(2), np.full(2, 0.5))
+    Recorder(tmp_path).write_scout(outcome.to_dict(), outcome.scores(torch.arange(9)))
     found = scout_json(tmp_path)
     assert found["expected_auroc"] is None and found["share_right"] == 1 and found["is_believed"] is False
+    assert found["border"] is None
+    scores = pq.read_table(tmp_path / "scout_scores.parquet").to_pydict()
+    assert scores["example_id"] == [*range(9), None, None] and scores["weight"] == [1] * 9 + [0.5] * 2
     assert found["trials"][0]["evidence"] is None and found["trials"][0]["criterion_error"] is None
 
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tamis.bad_rows import RowSieve
 from tamis.layouts import EXTRAS, chatml, choose_columns, names_by_kind, normalized
 from tamis.readers import SUFFIXES, kind_of, one_line, read_file
-from tamis.rows import ContentCheck, Rows, batches, check_weights, column_values, place_in_file
+from tamis.rows import ContentCheck, batches, check_weights, column_values, place_in_file
 from tamis.settings import warn_without_effect
 
 logger = logging.getLogger(__name__)
@@ -216,9 +216,9 @@ class RowReader:
         return table.select([column for column in table.column_names if not pa.types.is_null(table[column].type)])
 
     def __iter__(self) -> Iterator[pa.Table]:
-        rows: Rows = read_file(self.origin, self.name) if isinstance(self.origin, Path) else self.origin
+        rows = read_file(self.origin, self.name) if isinstance(self.origin, Path) else batches(self.origin)
         check, num_read = self._check, 0
-        for batch in batches(rows):
+        for batch in rows:
             table = self._read(batch)
             if table is not None:
                 num_read += len(table)

@@ -21,7 +21,8 @@ CONFIG_FILES = ("config.yaml", "tamis_config.yaml")  # the second where the firs
 CARD_FILES = ("README.md", "MODEL_CARD.md")
 EXAMPLE = "inference_example.py"
 _RUN_FILES = (
-    "metrics.jsonl", "refinements.parquet", "weights.parquet", "skipped_rows.jsonl", "scout.json", "scout.safetensors",
+    "metrics.jsonl", "refinements.parquet", "weights.parquet", "skipped_rows.jsonl", "scout.json",
+    "scout_scores.parquet", "scout.safetensors",
 )  # fmt: skip
 _WRITTEN_FILES = (
     *_RUN_FILES, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

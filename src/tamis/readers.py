@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
 from tamis.bad_rows import BadRow
-from tamis.rows import Rows, place_in_file
+from tamis.rows import BATCH_SIZE, Batches, batches, place_in_file
 from tamis.settings import first_line
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ def kind_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_file(path: Path, name: str) -> Rows:
-    """The rows of a file; those that cannot be read are `BadRow`.
+def read_file(path: Path, name: str) -> Batches:
+    """The rows of a file, in batches; those that cannot be read are `BadRow`.
 
     Raises:
         ValueError: the file as a whole cannot be read.
@@ -51,12 +52,17 @@ def read_file(path: Path, name: str) -> Rows:
     if kind not in SUFFIXES:
         raise ValueError(f"{name}: unknown kind of file. Give one of {', '.join(SUFFIXES)}.")
     if kind == ".parquet":
-        with one_line(f"{name}: cannot be read as Parquet; check that it is whole"):
-            return Dataset(pq.read_table(path, partitioning=None))
+        return _parse_parquet(path, name)
     lines = lines_of(path, name)
     if kind in (".csv", ".tsv"):
-        return _parse_csv(lines, name, "," if kind == ".csv" else "\t")
-    return _parse_json(lines, name) if kind == ".json" else _parse_json_lines(lines, name)
+        return batches(_parse_csv(lines, name, "," if kind == ".csv" else "\t"))
+    return batches(_parse_json(lines, name) if kind == ".json" else _parse_json_lines(lines, name))
+
+
+def _parse_parquet(path: Path, name: str) -> Batches:
+    with one_line(f"{name}: cannot be read as Parquet; check that it is whole"), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(BATCH_SIZE):
+            yield Dataset(pa.Table.from_batches([batch]), fingerprint="batch")
 
 
 def has_byte_order_mark(path: Path) -> bool:

@@ -1,14 +1,15 @@
 """The run directory: what a run leaves behind besides the model, for people and for other tools.
 
-| file                  | what                                                                                         |
-|-----------------------|----------------------------------------------------------------------------------------------|
-| `config.yaml`         | settings that differ from the defaults; `tamis train --config config.yaml` replays the run   |
-| `metrics.jsonl`       | one JSON object per log step, appended as training goes                                      |
-| `weights.parquet`     | one row per training row: example_id, source, row, content_hash, weight, score, ...          |
-| `refinements.parquet` | one row per refresh and refined row: its new responses and their weights at that step        |
-| `skipped_rows.jsonl`  | one JSON object per row that was left out: source, row, problem, content (`--skip_bad_rows`) |
-| `scout.json`          | what scouting found: share of right rows, AUROC to expect, every trial (selector `scout`)    |
-| `scout.safetensors`   | what scores new responses (`tamis.selection.scout`); runs with refining only                 |
+| file                   | what                                                                                        |
+|------------------------|---------------------------------------------------------------------------------------------|
+| `config.yaml`          | settings that differ from the defaults; `tamis train --config config.yaml` replays the run  |
+| `metrics.jsonl`        | one JSON object per log step, appended as training goes                                     |
+| `weights.parquet`      | one row per training row: example_id, source, row, content_hash, weight, score, ...         |
+| `refinements.parquet`  | one row per refresh and refined row: its new responses and their weights at that step       |
+| `skipped_rows.jsonl`   | one JSON object per row that was left out: source, row, problem, content                    |
+| `scout.json`           | what scouting found: share of right rows, AUROC to expect, every trial (selector `scout`)   |
+| `scout_scores.parquet` | what it found that by: scores of training rows, and of unseen validation rows               |
+| `scout.safetensors`    | what scores new responses (`tamis.selection.scout`); runs with refining only                |
 
 Files are written under a temporary name and renamed, so that a reader never meets half of one. `metrics.jsonl` is the
 exception: it grows by whole lines and is cut back to the step of the checkpoint on resume.
@@ -36,7 +37,7 @@ from tamis.files import write_atomically
 from tamis.output_dir import config_path, write_config
 
 FORMAT_VERSION = 4
-SCOUT_REPORT = "scout.json"
+SCOUT_REPORT, SCOUT_SCORES = "scout.json", "scout_scores.parquet"
 LAST = ("last", "true", "True")  # what `resume_from_checkpoint` may say instead of True
 SKIPPED_ROWS = "skipped_rows.jsonl"
 _REFINEMENTS = pa.schema(
@@ -129,8 +130,14 @@ class Recorder:
             kept = []
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
-    def write_scout(self, found: dict[str, Any]) -> None:
-        """Write ``scout.json``; ``found``: see `tamis.selection.trials.Outcome.to_dict`."""
+    def write_scout(self, found: dict[str, Any], scores: dict[str, Any]) -> None:
+        """Write ``scout.json`` and ``scout_scores.parquet``.
+
+        Args:
+            found, scores: see `to_dict` and `scores` of `tamis.selection.trials.Outcome`.
+        """
+        table = pa.table(scores).replace_schema_metadata({"tamis_format_version": str(FORMAT_VERSION)})
+        write_atomically(self.output_dir / SCOUT_SCORES, lambda path: pq.write_table(table, path))
         text = json.dumps({"format_version": FORMAT_VERSION, **found}, indent=1, allow_nan=False)
         write_atomically(self.output_dir / SCOUT_REPORT, lambda path: path.write_text(text, encoding="utf-8"))
 

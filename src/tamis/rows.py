@@ -28,6 +28,7 @@ PROMPT_PARTS = ("prompt_input", "system", "history", "tools")
 MIXED = "text and lists of messages are mixed. Give all prompts and responses one form"
 BATCH_SIZE = 10_000
 Rows: TypeAlias = Iterator[dict[str, Any]] | Dataset
+Batches: TypeAlias = Iterator[list[dict[str, Any]] | Dataset]
 
 
 def check_rows(dataset: Dataset, role: str) -> list[str]:
@@ -67,7 +68,7 @@ def check_rows(dataset: Dataset, role: str) -> list[str]:
     return hashes
 
 
-def batches(rows: Rows) -> Iterator[list[dict[str, Any]] | Dataset]:
+def batches(rows: Rows) -> Batches:
     """Split rows into batches: as Python objects, a million rows would take ten times the memory of an Arrow table."""
     if isinstance(rows, Dataset):
         for start in range(0, len(rows), BATCH_SIZE):

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from tamis.bilevel import effective_sample_size, penalty_gap
 from tamis.config import DEFAULT_RHO, BilevelConfig, Resolved
 from tamis.losses import stop_if_not_finite
-from tamis.recorder import SCOUT_REPORT, Recorder
+from tamis.recorder import SCOUT_REPORT, SCOUT_SCORES, Recorder
 from tamis.refining.generation import GenerationError, make_generator
 from tamis.refining.refiner import Refiner, make_refiner
 from tamis.rows import row_name
@@ -165,7 +165,7 @@ class RowWeighting:
         if self.refiner and self._can_scout:
             scout.load(earlier / SCOUT_FILE)
         if self.recorder:
-            self.recorder.take_over(earlier, SCOUT_REPORT, SCOUT_FILE)
+            self.recorder.take_over(earlier, SCOUT_REPORT, SCOUT_SCORES, SCOUT_FILE)
 
     @property
     def _can_scout(self) -> bool:
@@ -212,7 +212,7 @@ class RowWeighting:
         for level, line in describe(self.outcome, num_validation, is_refined_later):
             logger.log(level, line)
         if self.recorder:
-            self.recorder.write_scout(self.outcome.to_dict())
+            self.recorder.write_scout(self.outcome.to_dict(), self.outcome.scores(ids_R))
             if self.refiner:
                 scout.save(self.recorder.output_dir / SCOUT_FILE)
 

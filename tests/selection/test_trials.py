@@ -263,7 +263,7 @@ UNSURE = dataclasses.replace(SURE, belief=0.2)
 def lines_of(calibration: Calibration, *, auroc=0.987, evidence=(21.5, 3.25), num_validation=20, refines=False):
     finding = Finding(0.0015, 250, 1.0, calibration, auroc)
     trials = [trial_of(e, learning_rate=0.0015, num_steps=250, criterion=0.812, error=0.031) for e in evidence]
-    outcome = Outcome(finding, trials, 1.75, torch.zeros(3), torch.zeros(3))
+    outcome = Outcome(finding, trials, 1.75, *[torch.zeros(3)] * 3, np.zeros(2), np.ones(2))
     return describe(outcome, num_validation, refines)
 
 

@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -64,14 +65,14 @@ class Wanted:
         """What is added to a row; None for what is not known."""
         values = {name: values_R[i].item() for name, values_R in self.columns.items()}
         if response and values:
-            values |= {"tamis_weight": rounded(response.weight), "tamis_p_right": rounded(response.p_right)}
-            values |= {name: 0 for name in values if name == "tamis_rank"} | {"tamis_refined": True}
-        return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in values.items()}
+            values |= {"tamis_weight": response.weight, "tamis_p_right": response.p_right, "tamis_refined": True}
+            values |= {name: 0 for name in values if name == "tamis_rank"}
+        return {name: _rounded(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
-def rounded(value: float) -> float:
-    """To six digits: it goes into text."""
-    return float(f"{value:.6g}")
+def _rounded(value: float) -> float | None:
+    """To six digits, since it goes into text; None for NaN."""
+    return None if math.isnan(value) else float(f"{value:.6g}")
 
 
 def write_rows(origin: Path | Dataset, name: str, wanted: Wanted, target: Path) -> None:
@@ -183,7 +184,7 @@ def _write_parquet(origin: Path, name: str, wanted: Wanted, path: Path) -> None:
         schema, first = file.schema_arrow, 0
         _refuse_present(schema.names, wanted.columns, name)
         for column, values_R in wanted.columns.items():
-            schema = schema.append(pa.field(column, pa.array(values_R[:0]).type))
+            schema = schema.append(pa.field(column, _type_of(values_R)))
         with pq.ParquetWriter(path, schema, compression=_compression(file)) as writer:
             for k in range(file.num_row_groups):
                 table = file.read_row_group(k)
@@ -215,9 +216,14 @@ def _added(wanted: Wanted, start: int, picked: list[tuple[int, NewResponse | Non
     """The added columns of picked rows, whose places are counted from ``start``."""
     rows = [wanted.values(start + i, response) for i, response in picked]
     return {
-        column: pa.array([row[column] for row in rows], pa.array(values_R[:0]).type)
+        column: pa.array([row[column] for row in rows], _type_of(values_R))
         for column, values_R in wanted.columns.items()
     }
+
+
+def _type_of(values: np.ndarray[Any, Any]) -> pa.DataType:
+    """Of a column; numbers are written as float64, as text has them."""
+    return pa.float64() if values.dtype.kind == "f" else pa.from_numpy_dtype(values.dtype)
 
 
 def _compression(file: pq.ParquetFile) -> str:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from tamis.curation.choice import Choice, Mask, ranks
-from tamis.curation.originals import Columns, Wanted, rounded, write_rows
+from tamis.curation.originals import Columns, Wanted, write_rows
 from tamis.curation.overrides import apply_overrides, read_overrides
 from tamis.curation.refined import USES, NewResponse, read_responses
 from tamis.curation.upload import check_upload, upload
@@ -155,9 +155,9 @@ def select(arguments: SelectArguments) -> list[tuple[str, Any]]:
 
 def _added_columns(weights: pa.Table, overrides: dict[int, bool], use_refined: str | None) -> Columns:
     """For each weighed row, by the name of its column. A row that a person keeps counts as right, with weight one."""
-    columns = {f"tamis_{name}": _rounded(weights[name].to_numpy()) for name in ("weight", "p_right")}
+    columns = {f"tamis_{name}": weights[name].to_numpy().astype(np.float32) for name in ("weight", "p_right")}
     try:
-        columns["tamis_rank"] = ranks(weights).astype(np.int64)
+        columns["tamis_rank"] = ranks(weights)
     except ValueError as error:
         logger.warning(f"the column tamis_rank is left out: {error}")
     for place, is_kept in overrides.items():
@@ -167,10 +167,6 @@ def _added_columns(weights: pa.Table, overrides: dict[int, bool], use_refined: s
     if use_refined:
         columns["tamis_refined"] = np.zeros(len(weights), dtype=bool)
     return columns
-
-
-def _rounded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.array([rounded(value) for value in values.tolist()])
 
 
 def _file_names(sources: list[Source]) -> list[str]:
@@ -243,6 +239,8 @@ def _write(
     target.parent.mkdir(parents=True, exist_ok=True)
 
     def spread(values_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if num_rows == len(source.place_R):
+            return values_N[source.rows]
         values_R = np.zeros(num_rows, dtype=values_N.dtype)
         values_R[source.place_R] = values_N[source.rows]
         return values_R

@@ -196,6 +196,7 @@ def make_language_world(
     num_eval: int = 500,
     wrong_fraction: float = sum(FAULTS.values()),
     pretrain_steps: int = 600,
+    hidden_size: int = 96,
 ) -> Task:
     """Make the world in ``output_dir``, or take the one that is there if it has the same parameters.
 
@@ -204,7 +205,7 @@ def make_language_world(
     Args:
         num_train, num_validation, num_eval: rows; no question is in two of the sets.
         wrong_fraction: share of wrong answers among the training rows; trusted and held-out rows are all right.
-        pretrain_steps: of the base model.
+        pretrain_steps, hidden_size: of the base model.
 
     Raises:
         ValueError: the folder holds another world.
@@ -229,7 +230,7 @@ def make_language_world(
     pairs = draw_pretraining(everyday, new, 4 * num_train, taken)
     symbols = [f"<{word}>" for word in (*NOUNS, *VERBS, *PERSONS, *MOODS, *TENSES, *NUMBERS)]
     tokenizer = build_tokenizer([CONSONANTS + VOWELS + "=", *symbols])
-    model = build_model(tokenizer, hidden_size=96, num_layers=2, seed=seed)
+    model = build_model(tokenizer, hidden_size=hidden_size, num_layers=2, seed=seed)
     pretrain(
         model, tokenizer, pairs, task.model_dir, num_steps=pretrain_steps, batch_size=64, learning_rate=3e-3, seed=seed
     )

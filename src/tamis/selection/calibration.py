@@ -88,6 +88,12 @@ class Calibration:
         posterior = falling((density_XJ @ (ratio / ratio.max())) / density, density)
         return self.belief * np.interp(scores, grid, posterior) + 1 - self.belief
 
+    def border(self) -> float | None:
+        """The score from which on rows are more likely wrong than right; None where all rows are alike in that."""
+        grid = np.linspace(self.lowest, self.highest, 1001)
+        is_wrong = self.p_right(grid) < 0.5
+        return float(grid[is_wrong.argmax()]) if is_wrong.any() and not is_wrong.all() else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, from which `from_dict` makes it again."""
         return asdict(self)

@@ -82,14 +82,20 @@ class Outcome:
     Attributes:
         evidence_by_chance: what the strongest of as many trials would have if the validation rows were training rows.
         loss_R: by the scout, nats per token, float32.
+        score_R: what `p_right_R` follows from: the loss less ``base_coefficient`` times that of the base model, as
+            float32.
         p_right_R: probability of being like the validation rows, float32.
+        score_V, weight_V: scores of the validation rows, as if the final scout had not seen them, and what each counts.
     """
 
     finding: Finding
     trials: list[Trial]
     evidence_by_chance: float
     loss_R: Tensor
+    score_R: Tensor
     p_right_R: Tensor
+    score_V: Array
+    weight_V: Array
 
     def to_dict(self) -> dict[str, Any]:
         """Estimates and trials as plain values; None for what is not known."""
@@ -105,6 +111,7 @@ class Outcome:
             "evidence": _known(choose(self.trials).evidence),
             "evidence_by_chance": self.evidence_by_chance,
             "belief": calibration.belief,
+            "border": calibration.border(),
             "trials": [
                 {
                     "learning_rate": trial.learning_rate,
@@ -116,6 +123,17 @@ class Outcome:
                 }
                 for trial in self.trials
             ],
+        }
+
+    def scores(self, example_ids_R: Tensor) -> dict[str, Any]:
+        """Columns of `scout_scores.parquet`: first the training rows, then validation rows, whose example_id is None.
+
+        A training row weighs one.
+        """
+        return {
+            "example_id": [*example_ids_R.tolist(), *[None] * len(self.score_V)],
+            "score": np.concatenate([self.score_R.numpy(), self.score_V.astype(np.float32)]),
+            "weight": np.concatenate([np.ones(len(self.score_R)), self.weight_V]).astype(np.float32),
         }
 
 
@@ -155,10 +173,11 @@ def send_scout(
     stop_if_not_finite(torch.from_numpy(score_R), name_of, step=0)
     by_chance = evidence_by_chance([trial.comparison for trial in trials], _folds(len(ids_V), settings), settings.seed)
     sample, belief = _sample(train_dataset, settings.seed).numpy(), belief_in(best.evidence, by_chance)
-    calibration = calibrate(score_R, best, sample, belief, settings.seed)
+    calibration, score_V, weight_V = calibrate(score_R, best, sample, belief, settings.seed)
     p_right_R = calibration.p_right(score_R)
     scout.finding = _finding(best, calibration, expected_auroc(p_right_R, score_R))
-    return Outcome(scout.finding, trials, by_chance, loss_R, torch.from_numpy(p_right_R).float())
+    found = {"score_R": torch.from_numpy(score_R).float(), "p_right_R": torch.from_numpy(p_right_R).float()}
+    return Outcome(scout.finding, trials, by_chance, loss_R, score_V=score_V, weight_V=weight_V, **found)
 
 
 def run_trials(
@@ -205,8 +224,13 @@ def _folds(num_validation: int, settings: ScoutSettings) -> NDArray[np.int64]:
     return fold_V
 
 
-def calibrate(score_R: Array, trial: Trial, sample: NDArray[np.int64], belief: float, seed: int) -> Calibration:
+def calibrate(
+    score_R: Array, trial: Trial, sample: NDArray[np.int64], belief: float, seed: int
+) -> tuple[Calibration, Array, Array]:
     """Of the final scout: first by rank, then with the unseen validation rows where right rows of their rank stand.
+
+    Returns:
+        Also the scores of these validation rows, and what each counts.
 
     Args:
         score_R: of all training rows by the final scout.
@@ -218,7 +242,7 @@ def calibrate(score_R: Array, trial: Trial, sample: NDArray[np.int64], belief: f
     first = fit(score_R, np.quantile(score_R, trial.rank_V))
     score_S = score_R[sample]
     scores, weights = placed(trial.rank_V, trial.rank_VS, score_S, first.p_right(score_S))
-    return fit(score_R, scores, weight_V=weights, belief=belief, interval_seed=seed)
+    return fit(score_R, scores, weight_V=weights, belief=belief, interval_seed=seed), scores, weights
 
 
 def _measure(

@@ -1,0 +1,112 @@
+"""Clean rows taken elsewhere: score, select and plain SFT, beside tamis in the loop; and a small model that scores.
+
+    python benchmarks/round_trip.py --output_dir runs/round_trip [--seeds 0 1 2] [--scenarios demo sigmorphon] [--quick]
+
+Two tasks: the demo's world, and German inflection (`benchmarks/sigmorphon.py`). `score, select` is `tamis score` by the
+base model, `tamis select` with its defaults, and then plain SFT (selector `none`, rho 0) on the kept rows and the
+validation rows in one file. `scored by a quarter` is the same with a base model of about a quarter of the parameters,
+half as wide, that was pretrained on the same rows. `auroc` and `share_right` are those of the scoring. All runs make
+the same number of steps. `gap_closure` is on exact match, as in all benchmarks.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import sigmorphon
+from common import finish, make_parser, skip_without_data
+from trl import ModelConfig
+
+from tamis.compare.methods import compare_methods
+from tamis.compare.runs import STATIC, Method, run_method
+from tamis.compare.table import add_gap_closures
+from tamis.compare.task import Task, is_right
+from tamis.config import BilevelConfig
+from tamis.curation.select import SelectArguments, select
+from tamis.demo.language import make_language_world
+from tamis.demo.run import LANGUAGE_SETTINGS
+from tamis.metrics import auroc
+from tamis.run import DataArguments, score
+
+SIZES = {"": 96, "_small": 48}
+OF_TRAINING = ("max_steps", "eval_strategy", "eval_steps", "save_strategy")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One of the tasks.
+
+    Attributes:
+        make: its files and base model, from the folder, the seed and the width of the model.
+        settings: of all runs.
+        rhos: of direct mixing.
+    """
+
+    make: Callable[..., Task]
+    settings: dict[str, Any]
+    rhos: tuple[float, ...]
+
+
+def setups(is_quick: bool) -> dict[str, Setup]:
+    steps = {"pretrain_steps": 20} if is_quick else {}
+    german = partial(sigmorphon.make_task, pretrain_steps=20 if is_quick else sigmorphon.PRETRAIN_STEPS)
+    return {
+        "demo": Setup(partial(make_language_world, **steps), LANGUAGE_SETTINGS | {"max_steps": 600}, (0.1, 0.3, 0.8)),
+        "sigmorphon": Setup(german, sigmorphon.SETTINGS, sigmorphon.RHOS),
+    }
+
+
+def select_and_train(name: str, scorer: Task, task: Task, folder: Path, common: dict[str, Any]) -> dict[str, Any]:
+    """Score the rows by the model of one task, and train that of another on the rows that are kept."""
+    scores, clean = folder / "scores" / scorer.model_dir.parent.name, folder / "clean" / scorer.model_dir.parent.name
+    if not (scores / "weights.parquet").is_file():
+        data = DataArguments([str(scorer.train_file)], validation_dataset=str(scorer.validation_file))
+        settings = {key: value for key, value in common.items() if key not in OF_TRAINING}
+        args = BilevelConfig(str(scores), **settings)
+        score(data, args, ModelConfig(model_name_or_path=str(scorer.model_dir)))
+    select(SelectArguments(str(scores), str(clean), overwrite_output_dir=True))
+    rows = (clean / task.train_file.name).read_text("utf-8") + task.validation_file.read_text("utf-8")
+    file = clean / "with_validation.jsonl"
+    file.write_text(rows, "utf-8")
+    row = run_method(Method(name, file, STATIC | {"rho": 0.0}), task, folder, common)
+    p_right = pq.read_table(scores / "weights.parquet", columns=["p_right"])["p_right"].to_numpy()
+    found = json.loads((scores / "scout.json").read_text("utf-8"))
+    row["selection_auroc"] = auroc(np.nan_to_num(p_right, nan=0.5), is_right(task))
+    return row | {"share_right": found["share_right"], "is_believed": found["is_believed"]}
+
+
+def main() -> None:
+    parser = make_parser(__doc__, scenarios=("demo", "sigmorphon"))
+    arguments = parser.parse_args()
+    all_rows, aggregates = [], dict[str, list[float | None]]()
+    for scenario in arguments.scenarios:
+        setup = setups(arguments.quick)[scenario]
+        if scenario == "sigmorphon":
+            skip_without_data("sigmorphon2017")
+        for seed in arguments.seeds:
+            folder = arguments.output_dir / f"{scenario}{seed}"
+            tasks = {
+                name: setup.make(folder / f"task{name}", seed=seed, hidden_size=size) for name, size in SIZES.items()
+            }
+            task = tasks[""]
+            common = setup.settings | {"seed": seed} | ({"max_steps": 20} if arguments.quick else {})
+            rows = compare_methods(task, folder, common, setup.rhos)
+            for name, size in (("score, select", ""), ("scored by a quarter", "_small")):
+                rows.insert(-1, select_and_train(name, tasks[size], task, folder, common))
+            add_gap_closures(rows)
+            all_rows += [{"scenario": scenario, "seed": seed} | row for row in rows]
+            for row in rows:
+                if row["method"] in ("tamis", "score, select", "scored by a quarter"):
+                    for figure in ("test_accuracy", "gap_closure"):
+                        key = f"{figure} {scenario}: {row['method']}"
+                        aggregates.setdefault(key, []).append(row[figure])
+    finish(arguments, all_rows, aggregates)
+
+
+if __name__ == "__main__":
+    main()
