@@ -1,4 +1,4 @@
-"""The command line: `tamis train`, `tamis score`, `tamis select` and `tamis demo`.
+"""The command line: `tamis train`, `tamis score`, `tamis select`, `tamis report` and `tamis demo`.
 
 Results go to stdout, everything else to stderr. A wrong input ends with one line on stderr and exit code 2, before any
 model is loaded. What needs torch is imported where it is used: the help and the version are there at once.
@@ -18,6 +18,7 @@ USAGE = """usage: tamis COMMAND [options]
   train   fine-tune a model on doubtful rows under the guidance of trusted ones; learns a weight for every row
   score   weigh every row without training: how likely it is right
   select  write the rows that a run or a scoring keeps, in files of their own format
+  report  write a page on a run: what was learned, why rows were dropped, every row to look at
   demo    make a small world and compare tamis with its alternatives on it (CPU, a few minutes)
 
 `tamis COMMAND --help` lists the options, `tamis --version` tells the version."""
@@ -121,6 +122,26 @@ def _run_select(options: list[str], terminal: ExitStack, stop: StopSignals) -> i
     return 0
 
 
+def _run_report(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
+    from tamis.parser import StrictParser
+    from tamis.report.page import ReportArguments, report
+    from tamis.terminal import quiet_terminal
+
+    dataclass_types: Any = (ReportArguments,)
+    parser = StrictParser(dataclass_types, prog="tamis report", usage="tamis report RUN [options]")
+    if options and not options[0].startswith("-"):
+        options = ["--run", *options]
+    (arguments,) = parser.parse_args_and_config(options)
+    terminal.enter_context(quiet_terminal("warning"))
+    if arguments.serve:
+        from tamis.report.serve import serve
+
+        stop.hint = ""
+        serve(arguments)
+    print(report(arguments))
+    return 0
+
+
 def _run_demo(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
     from tamis.demo.run import DemoArguments, run_demo
     from tamis.parser import StrictParser
@@ -135,7 +156,7 @@ def _run_demo(options: list[str], terminal: ExitStack, stop: StopSignals) -> int
     return 0
 
 
-_RUN = {"train": _run_train, "score": _run_score, "select": _run_select, "demo": _run_demo}
+_RUN = {"train": _run_train, "score": _run_score, "select": _run_select, "report": _run_report, "demo": _run_demo}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,6 +25,7 @@ def summarize(output_dir: str | Path, *, has_held_out: bool) -> list[tuple[str, 
     lines.append(("weights", str(folder / "weights.parquet")))
     if (folder / "refinements.parquet").is_file():
         lines.append(("responses", str(folder / "refinements.parquet")))
+    lines.append(("look at them", _report_command(folder)))
     return [*lines, ("next", _next_command(folder)), ("clean rows", _select_command(folder))]
 
 
@@ -32,7 +33,7 @@ def summarize_scores(output_dir: str | Path) -> list[tuple[str, str]]:
     """The same of `tamis score`."""
     folder = Path(output_dir)
     lines = [_rows_kept(folder), ("weights", str(folder / "weights.parquet"))]
-    return [*lines, ("next", _select_command(folder))]
+    return [*lines, ("look at them", _report_command(folder)), ("next", _select_command(folder))]
 
 
 def rows_kept(is_kept: pa.ChunkedArray | pa.Array) -> tuple[str, str]:
@@ -71,6 +72,10 @@ def _next_command(folder: Path) -> str:
 
 def _select_command(folder: Path) -> str:
     return f"tamis select {folder} --output_dir {folder}-clean"
+
+
+def _report_command(folder: Path) -> str:
+    return f"tamis report {folder}"
 
 
 def format_summary(lines: list[tuple[str, Any]]) -> str:

@@ -16,6 +16,7 @@ _NOT_KNOWN = "the run does not know how likely its rows are right"
 _NOTHING_COUNTED = "no share, number or sample of the rows is asked for"
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Ranks = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
 Numbers = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
@@ -118,7 +119,7 @@ class Choice:
             chosen_N |= choose(inside_N & (codes_N == code))
         return chosen_N
 
-    def _best(self, rank_N: np.ndarray[Any, np.dtype[np.int64]], inside_N: Mask) -> Mask:
+    def _best(self, rank_N: Ranks, inside_N: Mask) -> Mask:
         places = np.flatnonzero(inside_N)
         number = self.top_k if self.share is None else round(self.share * len(places))
         best = places[np.argsort(rank_N[places], kind="stable")[:number]]
@@ -135,7 +136,7 @@ class Choice:
         return _mask(places[np.argsort(-key, kind="stable")[: self.sample]], len(weight_N))
 
 
-def ranks(weights: pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
+def ranks(weights: pa.Table) -> Ranks:
     """The rank of each row, 1 for the best; 0 for rows that were left out of training.
 
     By `score`, the log odds of `p_right`, where that is known, and by `weight` otherwise; equal rows in their order.
@@ -149,8 +150,8 @@ def ranks(weights: pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
     places = np.flatnonzero(~np.isnan(p_right_N)) if is_known else np.flatnonzero(weight_N > 0)
     if len(places) > 1 and (value_N[places] == value_N[places[0]]).all():
         raise ValueError("the run gives all rows one weight: there are no best ones. `keep=auto` keeps all of them")
-    rank_N = np.zeros(len(weights), dtype=np.int64)
-    rank_N[places[np.argsort(-value_N[places], kind="stable")]] = np.arange(1, len(places) + 1)
+    rank_N: Ranks = np.zeros(len(weights), dtype=np.int32 if len(weights) < 2**31 else np.int64)
+    rank_N[places[np.argsort(-value_N[places], kind="stable")]] = np.arange(1, len(places) + 1, dtype=rank_N.dtype)
     return rank_N
 
 

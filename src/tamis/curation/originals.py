@@ -222,8 +222,8 @@ def _added(wanted: Wanted, start: int, picked: list[tuple[int, NewResponse | Non
 
 
 def _type_of(values: np.ndarray[Any, Any]) -> pa.DataType:
-    """Of a column; numbers are written as float64, as text has them."""
-    return pa.float64() if values.dtype.kind == "f" else pa.from_numpy_dtype(values.dtype)
+    """Of a column: the widest of its kind, whatever the numbers take in memory."""
+    return {"f": pa.float64(), "i": pa.int64()}.get(values.dtype.kind, pa.from_numpy_dtype(values.dtype))
 
 
 def _compression(file: pq.ParquetFile) -> str:

@@ -119,6 +119,7 @@ def select(arguments: SelectArguments) -> list[tuple[str, Any]]:
         responses = read_responses(path.parent / REFINEMENTS, arguments.use_refined, is_kept_N)
     columns = _added_columns(weights, overrides, arguments.use_refined) if arguments.add_columns else {}
     sources, folders = find_sources(path, {name: getattr(arguments, name) for name in _REREADING}, weights)
+    del weights  # of millions of rows
     output_dirs = {True: Path(arguments.output_dir)}
     if arguments.dropped_dir is not None:
         output_dirs[False] = Path(arguments.dropped_dir)

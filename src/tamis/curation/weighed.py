@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset
@@ -78,9 +79,12 @@ def read_weights(path: Path) -> pa.Table:
         names = pq.read_schema(path).names
         if missing := [name for name in (*_NUMBERS, "content_hash") if name not in names]:
             raise ValueError(f'{path}: no column "{missing[0]}": it was not written by this version of tamis')
-        return pq.read_table(path, columns=list(_NUMBERS), read_dictionary=["source"])
+        table = pq.read_table(path, columns=list(_NUMBERS), read_dictionary=["source"])
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({error}). Check that it is whole") from error
+    if (pc.max(table["row"]).as_py() or 0) < 2**31:  # half the memory
+        table = table.set_column(table.column_names.index("row"), "row", table["row"].cast(pa.int32()))
+    return table
 
 
 def find_sources(path: Path, given: dict[str, Any], weights: pa.Table) -> tuple[list[Source], list[Path]]:
@@ -94,18 +98,16 @@ def find_sources(path: Path, given: dict[str, Any], weights: pa.Table) -> tuple[
     Raises:
         ValueError: a row no longer says what it said when it was weighed, or a file is missing.
     """
-    settings = _config_of(path.parent) | {name: value for name, value in given.items() if value}
-    if not settings.get("train_dataset"):
+    config = config_of(path.parent) | {name: value for name, value in given.items() if value}
+    if not config.get("train_dataset"):
         raise ValueError(f"{path.parent} does not say which rows were weighed: give `train_dataset`")
-    named = settings["train_dataset"]
-    role, split = "train_dataset", settings.get("train_split", "train")
-    parts = parts_of([named] if isinstance(named, str) else named, role=role, split=split)
-    columns = {name: settings.get(name) for name in ("prompt_column", "response_column", "weight_column")}
+    settings, role = reading_settings(config), "train_dataset"
+    parts = parts_of(settings["train_dataset"], role=role, split=settings["train_split"])
     known, row_N = _known_rows(path), weights["row"]
     sources, first = list[Source](), 0
     for part in parts:
-        skipped: list[dict[str, Any]] | None = [] if settings.get("skip_bad_rows") else None
-        reader = RowReader(part.origin, part.name, role=role, skipped=skipped, **columns)
+        skipped: list[dict[str, Any]] | None = [] if settings["skip_bad_rows"] else None
+        reader = RowReader(part.origin, part.name, role=role, skipped=skipped, **settings["columns"])
         num_rows = sum(_compare(part.of_source(table), known) for table in reader)
         file = part.origin if isinstance(part.origin, Path) else Path(part.source).expanduser()
         places = slice(first, first + num_rows)
@@ -119,7 +121,7 @@ def find_sources(path: Path, given: dict[str, Any], weights: pa.Table) -> tuple[
     return sources, [folder.resolve() for folder in folders if folder.is_dir()]
 
 
-def _config_of(run_dir: Path) -> dict[str, Any]:
+def config_of(run_dir: Path) -> dict[str, Any]:
     """The settings of the run; nothing where there are none that can be read."""
     for path in (config_path(run_dir), run_dir / CONFIG_FILES[0]):
         with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -127,6 +129,17 @@ def _config_of(run_dir: Path) -> dict[str, Any]:
             if isinstance(config, dict):
                 return config
     return {}
+
+
+def reading_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """How a run has read its training rows: `train_dataset`, `train_split`, `skip_bad_rows`, and `columns` by name."""
+    named = config.get("train_dataset") or []
+    return {
+        "train_dataset": [named] if isinstance(named, str) else named,
+        "train_split": config.get("train_split", "train"),
+        "skip_bad_rows": bool(config.get("skip_bad_rows")),
+        "columns": {name: config.get(name) for name in ("prompt_column", "response_column", "weight_column")},
+    }
 
 
 def _known_rows(path: Path) -> Iterator[tuple[int, str]]:

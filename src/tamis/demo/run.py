@@ -2,7 +2,8 @@
 
 What comes out, in the output directory: `world/` (base model, rows, labels), `runs/NAME/` (a run directory each),
 `comparison.json` (one object per method) and `comparison.png` (learning curves; weights of right and wrong rows; right
-responses among those that refining has generated).
+responses among those that refining has generated), `report.html` and `clean/` (the page on the run of tamis, and the
+rows that it keeps).
 A run that is there already, with the same settings, is not made again.
 """
 
@@ -13,11 +14,14 @@ from typing import Any
 
 from tamis.compare.methods import compare_methods
 from tamis.compare.pictures import draw_comparison
+from tamis.compare.runs import TAMIS
 from tamis.compare.table import format_table
-from tamis.compare.task import Task
+from tamis.compare.task import Task, run_dir
+from tamis.curation.select import SelectArguments, select
 from tamis.demo.language import make_language_world
 from tamis.demo.world import SCENARIOS, make_world
 from tamis.files import write_atomically
+from tamis.report.page import ReportArguments, report
 from tamis.terminal import LOG_LEVELS
 
 MIXING_RHOS = (0.1, 0.3, 0.5, 0.8)
@@ -73,8 +77,15 @@ def run_demo(arguments: DemoArguments) -> list[dict[str, Any]]:
     text = json.dumps(rows, indent=1)
     write_atomically(output_dir / "comparison.json", lambda path: path.write_text(text))
     draw_comparison(rows, task, output_dir)
-    print(format_table(rows))
-    print(f"\n{output_dir}/comparison.json  {output_dir}/comparison.png  {output_dir}/runs/tamis/weights.parquet")
+    tamis, clean = run_dir(output_dir, TAMIS), output_dir / "clean"
+    label = "fault" if arguments.scenario == LANGUAGE else "family"
+    page = ReportArguments(str(tamis), output=str(output_dir / "report.html"), label_column=label)
+    report(page)
+    select(SelectArguments(str(tamis), str(clean), overwrite_output_dir=True))
+    print(f"{format_table(rows)}\n")
+    print(f"{output_dir}/report.html      every row, and why it was kept or dropped: open it in a browser")
+    print(f"{clean}/{task.train_file.name}  the rows that tamis keeps")
+    print(f"{output_dir}/comparison.png   the methods beside each other; their runs are in {output_dir}/runs")
     return rows
 
 
