@@ -11,6 +11,7 @@ from trl import ModelConfig
 from tamis import BilevelConfig
 from tamis.curation.select import SelectArguments
 from tamis.demo.run import DemoArguments
+from tamis.report.page import ReportArguments
 from tamis.run import DataArguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,7 @@ def test_the_picture_shows_the_modules_of_the_package():
 @documents
 def test_flags_are_fields_of_the_command_line(path):
     text = path.read_text(encoding="utf-8")
-    dataclasses = (DataArguments, BilevelConfig, ModelConfig, SelectArguments, DemoArguments)
+    dataclasses = (DataArguments, BilevelConfig, ModelConfig, SelectArguments, DemoArguments, ReportArguments)
     known = {field.name for dataclass in dataclasses for field in fields(dataclass)}
     known |= {"config", "help", "help_all", "version"}
     assert not set(_FLAG.findall(_BENCHMARK.sub("", text))) - known

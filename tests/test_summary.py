@@ -45,6 +45,7 @@ def test_no_held_out_rows(run):
         "rows kept",
         "model",
         "weights",
+        "look at them",
         "next",
         "clean rows",
     ]
@@ -71,5 +72,6 @@ def test_columns_are_aligned():
 
 def test_how_to_get_the_clean_rows(run):
     folder = run()
+    assert dict(summarize_scores(folder))["look at them"] == f"tamis report {folder}"
     for lines in (dict(summarize(folder, has_held_out=False))["clean rows"], dict(summarize_scores(folder))["next"]):
         assert lines == f"tamis select {folder} --output_dir {folder}-clean"
