@@ -56,11 +56,18 @@ def check(data: DataArguments, args: BilevelConfig, model_args: ModelConfig, *, 
     report, has_model = Report(), model_args.model_name_or_path is not None
     with _collected(report), TemporaryDirectory() as folder:
         datasets = _load(report, data, args, model_args)
+        if datasets and has_model:
+            with _explained(report):
+                check_settings(args, datasets)
+            if not args.uses_validation():
+                datasets.pop("validation_dataset", None)
         keys = _check_rows(report, datasets, args)
         if keys is None:
             return report
+        if not has_model:
+            report.notes.append("no --model_name_or_path: the rows alone are checked")
         trainer = None
-        if has_model:
+        if has_model and not report.errors:
             trainer = _make_trainer(report, data, args, model_args, datasets, folder, measures)
         if trainer is not None:
             report.example = first_row(trainer)
@@ -68,8 +75,6 @@ def check(data: DataArguments, args: BilevelConfig, model_args: ModelConfig, *, 
             report.cost = _cost(report, trainer, args, measures)
             report.errors += map(as_flags, advice.on_disk(str(args.output_dir), report.cost))
             report.warnings += map(as_flags, advice.on_settings(args, report.cost, model_args.use_peft))
-        else:
-            report.settings = args.resolve(has_validation="validation_dataset" in datasets).announcements
         _describe(report, datasets, keys, trainer)
     return report
 
@@ -127,9 +132,11 @@ def _load(report: Report, data: DataArguments, args: BilevelConfig, model_args: 
     with _explained(report):
         datasets = without_unread_weights(data.load(skipped), args)
     if len(report.errors) > num_errors:
-        warnings = report.warnings[:]
         messages, report.bad_rows = find_problems(data)
-        report.warnings[:] = warnings  # without those of rows that were left out only to find more of them
+        report.warnings, report.notes = (
+            [],
+            [],
+        )  # they are of files that were read twice, and of rows left out to read on
         report.errors += [text for message in messages if (text := as_flags(message)) not in report.errors]
     else:
         report.bad_rows = skipped or []
@@ -137,13 +144,10 @@ def _load(report: Report, data: DataArguments, args: BilevelConfig, model_args: 
 
 
 def _check_rows(report: Report, datasets: dict[str, Dataset], args: BilevelConfig) -> dict[str, overlap.Keys] | None:
-    """What the rows say, as hashes; None where they or the settings cannot work."""
+    """What the rows say, as hashes; None where they cannot work."""
     if not datasets:
         return None
     with _explained(report):
-        check_settings(args, datasets)
-        if not args.uses_validation():
-            datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)
         return {role: overlap.keys_of(dataset, role, hashes[role]) for role, dataset in datasets.items()}
     return None
@@ -159,8 +163,6 @@ def _make_trainer(
     is_loaded: bool,
 ) -> BilevelTrainer | None:
     """The trainer of the run, but in a folder that is thrown away; None where the run could not work."""
-    if report.errors:
-        return None
     args = copy(args)
     args.output_dir, args.report_to, args.push_to_hub = folder, [], False
     if not is_loaded:
@@ -182,13 +184,14 @@ def _settings(trainer: BilevelTrainer, args: BilevelConfig) -> list[str]:
     num_validation = resolved.per_device_validation_batch_size if args.trains_on_validation else 0
     if trainer.validation_dataset is None:
         num_validation = 0
-    times = args.gradient_accumulation_steps * args.world_size
-    num_steps = trainer.num_steps()
+    several = {"micro-batches": args.gradient_accumulation_steps, "processes": args.world_size}
+    listed = "".join(f", times {number} {name}" for name, number in several.items() if number > 1)
+    num_steps, times = trainer.num_steps(), args.gradient_accumulation_steps * args.world_size
     why = "max_steps, as given" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs of {num_rows:,} rows"
     lines = [
         f"learning_rate = {args.learning_rate:g} ({origin('learning_rate')})",
         f"rows of a step = {(num_training + num_validation) * times} ({num_training} training and {num_validation} "
-        f"validation rows, {args.gradient_accumulation_steps} micro-batches, {args.world_size} processes)",
+        f"validation rows{listed})",
         f"steps = {num_steps} ({why})",
         f"max_length = {args.max_length} ({origin('max_length')})",
     ]

@@ -52,7 +52,8 @@ def show(report: Report) -> None:
     if report.cost is not None:
         _heading(console, "cost")
         console.print(Text(format_summary(report.cost.lines())))
-    _heading(console, "findings" if report.warnings else "nothing to warn of")
+    if report.warnings or not report.errors:
+        _heading(console, "findings" if report.warnings else "nothing to warn of")
     for line in report.warnings:
         console.print(Text.assemble(("warning: ", "bold yellow"), line))
 
