@@ -37,7 +37,7 @@ _PROMPTS = {
 def on_rows(
     datasets: Mapping[str, Dataset], found: Mapping[str, DataSet], near: Mapping[tuple[str, str], Near]
 ) -> list[str]:
-    """On copies and near-duplicates, on prompts that two data sets have, and on few trusted rows."""
+    """On copies and near-duplicates, and on prompts that two data sets have."""
     lines, training = [], found["train_dataset"]
     if training.repeated_rows:
         lines.append(
@@ -54,8 +54,7 @@ def on_rows(
     for (role, other), nearly in near.items():
         if nearly.num_rows and (role, other) in _CONSEQUENCES:
             lines.append(_on_near(datasets, role, other, nearly))
-    validation = found.get("validation_dataset")
-    return lines if validation is None else [*lines, *_on_number(validation.rows)]
+    return lines
 
 
 def _on_near(datasets: Mapping[str, Dataset], role: str, other: str, near: Near) -> str:
@@ -68,7 +67,8 @@ def _on_near(datasets: Mapping[str, Dataset], role: str, other: str, near: Near)
     )
 
 
-def _on_number(num_validation: int) -> list[str]:
+def on_number(num_validation: int) -> list[str]:
+    """On few trusted rows, where a scout is sent."""
     if num_validation < MIN_VALIDATION_ROWS:
         return [
             f"validation_dataset: {num_validation} rows are too few to score the others, all weights will be one. Give "

@@ -75,7 +75,7 @@ def check(data: DataArguments, args: BilevelConfig, model_args: ModelConfig, *, 
             report.cost = _cost(report, trainer, args, measures)
             report.errors += map(as_flags, advice.on_disk(str(args.output_dir), report.cost))
             report.warnings += map(as_flags, advice.on_settings(args, report.cost, model_args.use_peft))
-        _describe(report, datasets, keys, trainer)
+        _describe(report, datasets, args, keys, trainer)
     return report
 
 
@@ -216,7 +216,11 @@ def _cost(report: Report, trainer: BilevelTrainer, args: BilevelConfig, measures
 
 
 def _describe(
-    report: Report, datasets: dict[str, Dataset], keys: dict[str, overlap.Keys], trainer: BilevelTrainer | None
+    report: Report,
+    datasets: dict[str, Dataset],
+    args: BilevelConfig,
+    keys: dict[str, overlap.Keys],
+    trainer: BilevelTrainer | None,
 ) -> None:
     """The figures of the data sets, and what to do about all that was found."""
     order = [role for role in _ORDER if role in datasets]
@@ -239,7 +243,10 @@ def _describe(
             shared=shared,
         )
     report.data_sets = {role: report.data_sets[role] for role in reversed(order)}
-    report.warnings += map(as_flags, advice.on_rows(datasets, report.data_sets, near))
+    lines = advice.on_rows(datasets, report.data_sets, near)
+    if "validation_dataset" in datasets and args.scouts():
+        lines += advice.on_number(len(datasets["validation_dataset"]))
+    report.warnings += map(as_flags, lines)
 
 
 def _lengths(trainer: BilevelTrainer | None, role: str, num_distinct: int, num_rows: int) -> dict[str, Any]:
