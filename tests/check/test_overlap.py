@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from tamis.check import overlap
+from tamis.check import advice, overlap
 from tamis.check.overlap import keys_of, near_duplicates, num_other_answers, num_repeats, shared
 from tamis.rows import check_rows
 
@@ -140,3 +140,14 @@ def test_of_a_large_data_set_a_sample_is_searched(monkeypatch):
     assert found.num_searched == 10
     _, own = keys(rows)
     assert set(overlap._searched(own.row_N)) == set(np.argsort(own.row_N)[:10])
+
+
+def test_what_is_said_of_near_duplicates():
+    trusted = [pair(text(seed), "x") for seed in range(3)]
+    datasets = {"validation_dataset": trusted, "train_dataset": [pair(text(10), "x"), pair(text(1) + " end", "x")]}
+    found = near(**datasets)["train_dataset", "validation_dataset"]
+    loaded = {role: Dataset.from_list(rows) for role, rows in datasets.items()}
+    assert advice._on_near(loaded, "train_dataset", "validation_dataset", found) == (
+        "train_dataset: 1 of 2 distinct rows nearly repeat a row of validation_dataset, first train_dataset, row 1 ~ "
+        "validation_dataset, row 1. The choice of rows will favour them: leave them out of `train_dataset`"
+    )

@@ -49,21 +49,25 @@ def on_rows(
             num_rows = 0 if overlap.prompts is None else overlap.prompts - overlap.rows
             if num_rows and (consequence := _PROMPTS.get((role, other))):
                 lines.append(
-                    f"{role}: {num_rows} rows have the prompt of a row of {other}, and another response. {consequence}"
+                    f"{role}: {num_rows} of {one.rows} rows have the prompt of a row of {other}, and another response. "
+                    f"{consequence}"
                 )
-    for (role, other), nearly in near.items():
-        if nearly.num_rows and (role, other) in _CONSEQUENCES:
-            lines.append(_on_near(datasets, role, other, nearly))
+    lines += [
+        _on_near(datasets, role, other, near[role, other])
+        for role, one in found.items()
+        for other in (role, *one.shared)
+        if near[role, other].num_rows and (role, other) in _CONSEQUENCES
+    ]
     return lines
 
 
 def _on_near(datasets: Mapping[str, Dataset], role: str, other: str, near: Near) -> str:
-    where = "of another one" if other == role else f"of a row of {other}"
+    where = "another row" if other == role else f"a row of {other}"
     pairs = [f"{row_name(datasets[role], role, i)} ~ {row_name(datasets[other], other, j)}" for i, j in near.pairs]
-    among = f" of {near.num_searched} that were searched" if near.num_searched == MAX_SEARCHED else ""
+    which = "searched" if near.num_searched == MAX_SEARCHED else "distinct"
     return (
-        f"{role}: {near.num_rows} rows{among} are near-duplicates {where}, first {'; '.join(pairs)}. "
-        f"{_CONSEQUENCES[role, other]}"
+        f"{role}: {near.num_rows} of {near.num_searched} {which} rows nearly repeat {where}, first "
+        f"{'; '.join(pairs)}. {_CONSEQUENCES[role, other]}"
     )
 
 

@@ -21,6 +21,7 @@ from tamis.config import BilevelConfig
 from tamis.losses import fused_losses, row_losses
 from tamis.progress import ProgressCallback, use_progress
 from tamis.randomness import permutation
+from tamis.selection.scout import Scout, ScoutSettings
 from tamis.selection.trials import work_of
 from tamis.stream import MicroBatch
 from tamis.trainer import BilevelTrainer
@@ -42,35 +43,28 @@ def measure(trainer: BilevelTrainer, args: BilevelConfig, num_steps: int) -> tup
     Raises:
         RuntimeError, MemoryError: there is too little memory for a step.
     """
-    weighting, scouts = trainer.weighting, _scouts(trainer)
-    scout = weighting.scout
-    tokens_per_step = _tokens_per_step(trainer)
+    scout = trainer.weighting.scout if args.scouts() and trainer.weighting.can_scout else None
+    step_seconds = _train(trainer, num_steps) * _tokens_per_step(trainer)
+    _longest_step(trainer)
+    trainer.optimizer.state.clear()  # in a run, scouting comes before there are states
+    seconds_per_token = _seconds_per_token(trainer)
+    scouting = 0.0 if scout is None else _scouting_seconds(trainer, scout, seconds_per_token)
+    evaluation = _evaluated_tokens(trainer, args, num_steps) * seconds_per_token
+    kept = parameters_of(trainer.model).num_trained_bytes if scout is not None and scout.keep else 0
+    return Time(step_seconds, step_seconds * num_steps, scouting, evaluation), _memory(trainer, kept)
+
+
+def _train(trainer: BilevelTrainer, num_steps: int) -> float:
+    """Train a few steps without scouting, refining and files; returns the seconds of a token."""
+    weighting, timer = trainer.weighting, _Timer(trainer)
     trainer.recorder = weighting.recorder = weighting.refiner = weighting.scout = None
-    timer = _Timer(trainer)
     use_progress(trainer, ProgressCallback("measuring"))
     trainer.add_callback(timer)
     trainer.args.max_steps = min(num_steps, _MAX_STEPS)
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.eval_on_start = trainer.args.load_best_model_at_end = False
     trainer.train()
-    step_seconds = timer.seconds_per_token() * tokens_per_step
-    _longest_step(trainer)
-    seconds_per_token = _seconds_per_token(trainer)
-    scouting = 0.0
-    if scouts and scout is not None:
-        settings = weighting.scout_settings()
-        training, validation = (_lengths(rows, args) for rows in (trainer.train_dataset, trainer.validation_dataset))
-        work = work_of(settings, len(training), len(validation))
-        num_tokens = work.num_training_rows * training.mean() + work.num_validation_rows * validation.mean()
-        scouting = work.num_steps * _scout_step_seconds(trainer, scout) + float(num_tokens) * seconds_per_token
-    evaluation = _evaluated_tokens(trainer, args, num_steps) * seconds_per_token
-    found = Time(step_seconds, step_seconds * num_steps, scouting, evaluation)
-    copies = (scouts + bool(args.refines)) * parameters_of(trainer.model).num_trained_bytes
-    return found, _memory(trainer, copies)
-
-
-def _scouts(trainer: BilevelTrainer) -> bool:
-    return trainer.args.scouts() and trainer.weighting.can_scout
+    return timer.seconds_per_token()
 
 
 class _Timer(TrainerCallback):
@@ -170,9 +164,20 @@ def _seconds_per_token(trainer: BilevelTrainer) -> float:
     return seconds / max(num_tokens, 1)
 
 
-def _scout_step_seconds(trainer: BilevelTrainer, scout: Any) -> float:
-    settings, ids_V = trainer.weighting.scout_settings(), trainer.batches.validation.ids  # type: ignore[union-attr]
-    marks = list(range(1, _MAX_STEPS + 1))
+def _scouting_seconds(trainer: BilevelTrainer, scout: Scout, seconds_per_token: float) -> float:
+    """At most, see `work_of`; ``seconds_per_token`` are of a forward pass."""
+    settings = trainer.weighting.scout_settings()
+    training, validation = (
+        _lengths(rows, trainer.args) for rows in (trainer.train_dataset, trainer.validation_dataset)
+    )
+    work = work_of(settings, len(training), len(validation))
+    num_tokens = work.num_training_rows * training.mean() + work.num_validation_rows * validation.mean()
+    return work.num_steps * _scout_step_seconds(trainer, scout, settings) + float(num_tokens) * seconds_per_token
+
+
+def _scout_step_seconds(trainer: BilevelTrainer, scout: Scout, settings: ScoutSettings) -> float:
+    assert trainer.batches.validation is not None, "checked by the settings"
+    ids_V, marks = trainer.batches.validation.ids, range(1, _MAX_STEPS + 1)
     started = _now()
     with scout.descent(trainer.model_wrapped, ids_V, settings, settings.learning_rates[0], marks, "") as steps:
         num_done = next(num_done for num_done in steps if num_done == _MAX_STEPS or _now() - started > _LONG_ENOUGH)
@@ -188,14 +193,14 @@ def _evaluated_tokens(trainer: BilevelTrainer, args: BilevelConfig, num_steps: i
     return num_times * int(_lengths(held_out, args).sum())
 
 
-def _memory(trainer: BilevelTrainer, copies: int) -> Need:
-    """The most that was in use so far; on the CPU also the copies of parameters that scouting keeps there."""
+def _memory(trainer: BilevelTrainer, kept: int) -> Need:
+    """The most that was in use so far, and on the CPU the parameters of the scout that a run with refining keeps."""
     device = trainer.accelerator.device
     if device.type == "cuda":
         return Need(torch.cuda.max_memory_reserved(device), *available_memory(device))
     unit = 1 if sys.platform == "darwin" else 1024  # of getrusage
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Need(own + copies, *available_memory(device))
+    return Need(own + kept, *available_memory(device))
 
 
 def available_memory(device: torch.device) -> tuple[int, str]:
