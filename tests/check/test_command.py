@@ -66,7 +66,7 @@ def test_known_answers(folder, capfd):
     text = "\n".join(found["warnings"])
     assert "train_dataset: 2 of 24 rows cut to max_length=40 tokens: train.jsonl 2 (rows 21, 22)" in text
     assert "1 of 24 rows dropped, their prompt alone is longer than max_length=40" in text and "--max_length" in text
-    assert "3 of 24 rows repeat another row" in text and "leave them out of --train_dataset" in text
+    assert "3 of 24 rows repeat another row and count again" in text and "out of --train_dataset" in text
     assert "validation_dataset and train_dataset share 1 row(s)" in text
     assert "with 6 rows only many wrong rows are found" in text and "to --validation_dataset" in text
     assert len(found["warnings"]) == 5

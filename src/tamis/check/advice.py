@@ -21,7 +21,7 @@ _SMALL_MODEL = 50_000_000  # parameters
 _TOO_GOOD = "The result on `eval_dataset` will look better than on new rows: leave them out of"
 # By the data set that has such rows, and the one that they are like.
 _CONSEQUENCES = {
-    ("train_dataset", "train_dataset"): "They count several times: leave them out of `train_dataset`",
+    ("train_dataset", "train_dataset"): "They count again: leave them out of `train_dataset`",
     ("train_dataset", "validation_dataset"): "The choice of rows will favour them: leave them out of `train_dataset`",
     ("train_dataset", "eval_dataset"): f"{_TOO_GOOD} `train_dataset`",
     ("validation_dataset", "validation_dataset"): "A scout that has seen the one has nearly seen the other: leave them "
@@ -37,13 +37,8 @@ _PROMPTS = {
 def on_rows(
     datasets: Mapping[str, Dataset], found: Mapping[str, DataSet], near: Mapping[tuple[str, str], Near]
 ) -> list[str]:
-    """On copies and near-duplicates, and on prompts that two data sets have."""
-    lines, training = [], found["train_dataset"]
-    if training.repeated_rows:
-        lines.append(
-            f"train_dataset: {training.repeated_rows} of {training.rows} rows repeat another row. "
-            f"{_CONSEQUENCES['train_dataset', 'train_dataset']}"
-        )
+    """On near-duplicates, and on prompts that two data sets have."""
+    lines = []
     for role, one in found.items():
         for other, overlap in one.shared.items():
             num_rows = 0 if overlap.prompts is None else overlap.prompts - overlap.rows

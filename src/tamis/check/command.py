@@ -224,7 +224,7 @@ def _describe(
 ) -> None:
     """The figures of the data sets, and what to do about all that was found."""
     order = [role for role in _ORDER if role in datasets]
-    near = overlap.near_duplicates({role: datasets[role] for role in order}, keys)
+    near = overlap.near_duplicates({role: datasets[role] for role in order}, keys, show_progress=not args.disable_tqdm)
     for i, role in enumerate(order):
         shared = {}
         for other in order[:i]:

@@ -26,8 +26,9 @@ from tamis.selection.trials import work_of
 from tamis.stream import MicroBatch
 from tamis.trainer import BilevelTrainer
 
-_LONG_ENOUGH = 4.0  # seconds after which a measurement ends
-_MAX_STEPS = 10
+_LONG_ENOUGH = 4.0  # seconds of a measurement; it ends with the step, or the batch, that is under way
+_TOO_LONG = 20.0  # seconds of a first step that is not made again
+_MAX_STEPS = 50
 _MAX_ROWS = 256
 _SAMPLED_STEPS = 500  # of the stream, to know how many tokens a step has
 
@@ -90,8 +91,9 @@ class _Timer(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has made its step."""
         self._steps.append((_now() - self._started, self._num_tokens))
-        seconds = sum(seconds for seconds, _ in self._steps)
-        control.should_training_stop = control.should_training_stop or seconds > _LONG_ENOUGH
+        (first, _), *others = self._steps
+        if first > _TOO_LONG or sum(seconds for seconds, _ in others) > _LONG_ENOUGH:
+            control.should_training_stop = True
 
     def seconds_per_token(self) -> float:
         """Of a training step, forward and backward; the tokens of padding are counted too."""
