@@ -68,7 +68,7 @@ def test_known_answers(folder, capfd):
     assert "1 of 24 rows dropped, their prompt alone is longer than max_length=40" in text and "--max_length" in text
     assert "3 of 24 rows repeat another row and count again" in text and "out of --train_dataset" in text
     assert "validation_dataset and train_dataset share 1 row(s)" in text
-    assert "with 6 rows only many wrong rows are found" in text and "to --validation_dataset" in text
+    assert "with 6 rows a small share of wrong rows is not found" in text and "to --validation_dataset" in text
     assert len(found["warnings"]) == 5
     assert not (folder / "run").exists(), "nothing is written"
 
@@ -149,6 +149,28 @@ def test_the_words_for_people(folder, capfd):
     assert "steps       9\n" in out and "of them trained\n" in out
     assert "warning: train_dataset: 3 of 24 rows repeat another row" in out
     assert "\x1b" not in out
+
+
+def test_a_terminal_gets_colours_and_a_table(folder, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["check", *options("--no_measure")]) == 0
+    out = capfd.readouterr().out
+    assert "\x1b[1;32m⟦0 <eos>⟧" in out and "\x1b[1;33mwarning: " in out and "─────" in out
+
+
+def test_times_are_scaled_by_the_tokens_of_a_step(folder, capfd, monkeypatch):
+    """Twice the rows of a step are twice the tokens, and so is the time that a token takes of."""
+    monkeypatch.setattr("tamis.check.measure._Timer.seconds_per_token", lambda _: 0.5)
+    small, large = (
+        run(capfd, "--selector", "none", "--rho", "0", "--per_device_train_batch_size", "1", *extra)[0]["cost"]
+        for extra in ((), ("--gradient_accumulation_steps", "23"))
+    )
+    num_tokens = run(capfd, "--no_measure")[0]["data_sets"]["train_dataset"]["tokens"] - 2 * (80 - 40 + 1)
+    assert small["num_steps"] == 3 * 23 and large["num_steps"] == 3
+    for cost in (small, large):  # without padding, an epoch has the tokens of the data set
+        assert cost["seconds"]["training"] == pytest.approx(3 * 0.5 * num_tokens)
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------------

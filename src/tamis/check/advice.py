@@ -71,12 +71,12 @@ def on_number(num_validation: int) -> list[str]:
     if num_validation < MIN_VALIDATION_ROWS:
         return [
             f"validation_dataset: {num_validation} rows are too few to score the others, all weights will be one. Give "
-            f"50 or more to `validation_dataset`"
+            "50 or more to `validation_dataset`"
         ]
     if num_validation < FEW_VALIDATION_ROWS:
         return [
-            f"validation_dataset: with {num_validation} rows only many wrong rows are found, and often all weights "
-            "stay one. Give 50 or more to `validation_dataset`"
+            f"validation_dataset: with {num_validation} rows a small share of wrong rows is not found, and then all "
+            "weights are one. Give 50 or more to `validation_dataset`"
         ]
     return []
 

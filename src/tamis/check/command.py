@@ -133,10 +133,9 @@ def _load(report: Report, data: DataArguments, args: BilevelConfig, model_args: 
         datasets = without_unread_weights(data.load(skipped), args)
     if len(report.errors) > num_errors:
         messages, report.bad_rows = find_problems(data)
-        report.warnings, report.notes = (
-            [],
-            [],
-        )  # they are of files that were read twice, and of rows left out to read on
+        # They are of files that were read twice, and of rows that were left out only to read on.
+        report.warnings.clear()
+        report.notes.clear()
         report.errors += [text for message in messages if (text := as_flags(message)) not in report.errors]
     else:
         report.bad_rows = skipped or []
