@@ -29,7 +29,7 @@ from common import finish, make_parser
 from tamis.data import load_rows
 from tamis.recorder import Recorder
 from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, row_table
-from tamis.selection.row_weights import make_row_weights
+from tamis.selection.make import make_row_weights
 
 TEXT = (
     "the of and to in is that why how explain list three reasons give number question answer city capital model learn "

@@ -9,6 +9,7 @@ import pytest
 from trl import ModelConfig
 
 from tamis import BilevelConfig
+from tamis.check.arguments import CheckArguments
 from tamis.curation.select import SelectArguments
 from tamis.demo.run import DemoArguments
 from tamis.report.page import ReportArguments
@@ -81,7 +82,15 @@ def test_the_picture_shows_the_modules_of_the_package():
 @documents
 def test_flags_are_fields_of_the_command_line(path):
     text = path.read_text(encoding="utf-8")
-    dataclasses = (DataArguments, BilevelConfig, ModelConfig, SelectArguments, DemoArguments, ReportArguments)
+    dataclasses = (
+        DataArguments,
+        BilevelConfig,
+        ModelConfig,
+        CheckArguments,
+        SelectArguments,
+        DemoArguments,
+        ReportArguments,
+    )
     known = {field.name for dataclass in dataclasses for field in fields(dataclass)}
     known |= {"config", "help", "help_all", "version"}
     assert not set(_FLAG.findall(_BENCHMARK.sub("", text))) - known

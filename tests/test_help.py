@@ -140,3 +140,14 @@ def test_the_help_of_selecting_names_every_setting(capsys):
     text = capsys.readouterr().out
     assert text.startswith("usage: tamis select RUN --output_dir DIR")
     assert all(f"--{field.name}" in text for field in fields(SelectArguments))
+
+
+def test_the_help_of_checking_is_that_of_training_and_more(capsys):
+    assert main(["check", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: tamis check") and all(
+        f"--{name}" in text for name in (*OPTIONS, "json", "no_measure")
+    )
+    assert main(["check", "--help_all"]) == 0
+    assert "--no_measure" in capsys.readouterr().out
+    assert "--no_measure" not in short_help("train") and "measure" not in make_train_parser("train").names()

@@ -1,4 +1,4 @@
-"""The command line: `tamis train`, `tamis score`, `tamis select`, `tamis report` and `tamis demo`.
+"""The command line: `tamis train`, `tamis check`, `tamis score`, `tamis select`, `tamis report` and `tamis demo`.
 
 Results go to stdout, everything else to stderr. A wrong input ends with one line on stderr and exit code 2, before any
 model is loaded. What needs torch is imported where it is used: the help and the version are there at once.
@@ -16,6 +16,7 @@ from tamis.stopping import Stopped, StopSignals
 USAGE = """usage: tamis COMMAND [options]
 
   train   fine-tune a model on doubtful rows under the guidance of trusted ones; learns a weight for every row
+  check   say what a run would meet: bad rows, copies, what is trained on, time, memory and disk
   score   weigh every row without training: how likely it is right
   select  write the rows that a run or a scoring keeps, in files of their own format
   report  write a page on a run: what was learned, why rows were dropped, every row to look at
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if command not in _RUN:
         print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
         return 2
-    if command in ("train", "score") and ("-h" in options or "--help" in options):
+    if command in ("train", "check", "score") and ("-h" in options or "--help" in options):
         print(short_help(command), end="")
         return 0
     with ExitStack() as terminal:
@@ -77,6 +78,28 @@ def _run_train(options: list[str], terminal: ExitStack, stop: StopSignals) -> in
     return 0
 
 
+def _run_check(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
+    import json
+
+    from tamis.check.command import check
+    from tamis.check.show import show
+    from tamis.terminal import quiet_terminal
+
+    if (settings := _settings("check", options, terminal)) is None:
+        return 0
+    data, args, model_args, asked = settings
+    terminal.enter_context(quiet_terminal(args.log_level, details_of=()))
+    report = check(data, args, model_args, measures=asked.measure)
+    if args.process_index == 0:
+        if asked.json:
+            print(json.dumps(report.to_dict(), indent=1))
+        else:
+            show(report)
+        for error in report.errors:
+            print(f"tamis check: {error}", file=sys.stderr)
+    return report.exit_code
+
+
 def _run_score(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
     from tamis.run import score
     from tamis.summary import format_summary, summarize_scores
@@ -100,10 +123,11 @@ def _settings(command: str, options: list[str], terminal: ExitStack) -> Any:
         print(parser.format_help(), end="")
         return None
     with quiet_terminal("passive"):
-        data, args, model_args = parser.parse_args_and_config(options)
+        settings = parser.parse_args_and_config(options)
+    args = settings[1]
     log_level = args.log_level if args.process_index == 0 else args.log_level_replica
     terminal.enter_context(quiet_terminal(log_level))
-    return data, args, model_args
+    return settings
 
 
 def _run_select(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
@@ -156,7 +180,10 @@ def _run_demo(options: list[str], terminal: ExitStack, stop: StopSignals) -> int
     return 0
 
 
-_RUN = {"train": _run_train, "score": _run_score, "select": _run_select, "report": _run_report, "demo": _run_demo}
+_RUN = {
+    "train": _run_train, "check": _run_check, "score": _run_score, "select": _run_select, "report": _run_report,
+    "demo": _run_demo,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

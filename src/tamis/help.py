@@ -1,4 +1,4 @@
-"""The short help of `tamis train` and `tamis score`: examples, then the options that matter, in order of need.
+"""The short help of `tamis train`, `tamis check` and `tamis score`: examples, then the options that matter.
 
 It imports nothing but argparse, so that it is there at once. `--help_all` has every option, from the parser itself.
 """
@@ -12,6 +12,11 @@ EXAMPLES = {
   tamis train --config run/config.yaml --output_dir again     the same run once more
   tamis train --config run/config.yaml --output_dir run --resume_from_checkpoint last
 """,
+    "check": """examples:
+  tamis check --model_name_or_path Qwen/Qwen3-0.6B --train_dataset train.jsonl \\
+    --validation_dataset validation.jsonl --output_dir run
+  tamis check --train_dataset train.jsonl                     the rows alone, without a model
+""",
     "score": """examples:
   tamis score --model_name_or_path Qwen/Qwen3-0.6B --train_dataset train.jsonl \\
     --validation_dataset validation.jsonl --output_dir scores
@@ -20,6 +25,7 @@ EXAMPLES = {
 }
 _WHAT = {
     "train": "Fine-tune a model on doubtful rows under the guidance of trusted ones.",
+    "check": "Say what `tamis train` would meet: bad rows, copies, what is trained on, time, memory and disk.",
     "score": "Say how likely each doubtful row is right, by what trusted rows teach a model; nothing is trained.",
 }
 # By option: what its value is called, and what it does. A test holds the defaults, in brackets, against the settings.
@@ -47,13 +53,17 @@ OPTIONS: dict[str, tuple[str, str]] = {
 }
 
 
+_OF_CHECK = {
+    "no_measure": "do not load the model, nor train steps to know time and memory",
+    "json": "write one JSON object to stdout, and nothing else",
+}
 _NOT_OF_SCORE = (
     "eval_dataset", "num_train_epochs", "max_steps", "selector", "refine_fraction", "resume_from_checkpoint",
 )  # fmt: skip
 
 
 def short_help(command: str = "train") -> str:
-    """The text of `tamis train --help`, or of `tamis score --help`."""
+    """The text of `tamis train --help`, and those of `tamis check` and `tamis score`."""
     parser = argparse.ArgumentParser(
         prog=f"tamis {command}",
         usage=f"tamis {command} --model_name_or_path MODEL --train_dataset FILE [options]",
@@ -70,6 +80,8 @@ def short_help(command: str = "train") -> str:
         else:
             options.add_argument(f"--{name}", action="store_true", help=text)
     other = parser.add_argument_group("more")
+    for name, text in _OF_CHECK.items() if command == "check" else ():
+        other.add_argument(f"--{name}", action="store_true", help=text)
     other.add_argument("--config", metavar="FILE", help="read options from a YAML file; flags win")
     other.add_argument("--help_all", action="store_true", help="all options, those of TRL and transformers too")
     other.add_argument("--version", action="store_true", help="version of tamis")

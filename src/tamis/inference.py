@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,48 @@ _AS_CHAT = (
 # --- one row as the model sees it -------------------------------------------------------------------------------------
 
 
-def show_row(trainer: Any) -> None:
-    """Print the first training row to stderr, with the tokens that are trained on between ⟦ and ⟧, and in colour."""
+@dataclass(frozen=True)
+class ShownRow:
+    """One row as the model sees it.
+
+    Attributes:
+        place: its name.
+        num_tokens, num_trained: all of its tokens, and those that are trained on.
+        parts: runs of tokens as text, each with whether it is trained on.
+    """
+
+    place: str
+    num_tokens: int
+    num_trained: int
+    parts: list[tuple[bool, str]]
+
+    def title(self) -> str:
+        """What is said of it before the text."""
+        return f"{self.place}; {self.num_tokens} tokens, {self.num_trained} trained on, between ⟦ and ⟧"
+
+    def text(self) -> Text:
+        """What is trained on stands between ⟦ and ⟧, and in colour."""
+        line = Text()
+        for is_trained, text in self.parts:
+            line.append(f"⟦{text}⟧" if is_trained else text, style="bold green" if is_trained else "dim")
+        return line
+
+
+def first_row(trainer: Any) -> ShownRow:
+    """The first training row."""
     row = trainer.train_dataset[0]
-    where = row_name(trainer.train_dataset, "train_dataset", 0)
-    num_trained = sum(label != -100 for label in row["labels"])
-    total = f"{len(row['input_ids'])} tokens, {num_trained} trained on, between ⟦ and ⟧"
-    line = Text(f"first row ({where}; {total}):\n")
-    for is_trained, text in _parts(row, trainer.processing_class):
-        line.append(f"⟦{text}⟧" if is_trained else text, style="bold green" if is_trained else "dim")
+    return ShownRow(
+        place=row_name(trainer.train_dataset, "train_dataset", 0),
+        num_tokens=len(row["input_ids"]),
+        num_trained=sum(label != -100 for label in row["labels"]),
+        parts=_parts(row, trainer.processing_class),
+    )
+
+
+def show_row(trainer: Any) -> None:
+    """Print the first training row to stderr."""
+    row = first_row(trainer)
+    line = Text(f"first row ({row.title()}):\n").append_text(row.text())
     Console(file=sys.stderr, soft_wrap=True, highlight=False).print(line)
 
 

@@ -69,7 +69,16 @@ def check_datasets(datasets: Mapping[str, Dataset], args: BilevelConfig) -> dict
     _refuse_mixed_formats(datasets, args)
     if "validation_dataset" in datasets:
         check_overlap(datasets, hashes)
+    _warn_of_repeats("train_dataset", hashes["train_dataset"])
     return hashes
+
+
+def _warn_of_repeats(role: str, hashes: Sequence[str]) -> None:
+    if num_repeats := len(hashes) - len(set(hashes)):
+        logger.warning(
+            f"{role}: {num_repeats} of {len(hashes)} rows repeat another row and count again: leave them out of "
+            f"`{role}`, unless you mean it"
+        )
 
 
 def _refuse_text_field(role: str, dataset: Dataset, name: str) -> None:

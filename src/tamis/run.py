@@ -124,18 +124,21 @@ def make_trainer(
     args: BilevelConfig,
     model_args: ModelConfig,
     trainer_class: type[BilevelTrainer] = BilevelTrainer,
+    datasets: dict[str, Any] | None = None,
 ) -> BilevelTrainer:
-    """The trainer of a run, with its rows loaded and checked; see `train` for arguments and errors."""
+    """The trainer of a run, with its rows loaded and checked; see `train` for arguments and errors.
+
+    Args:
+        datasets: the rows, where `DataArguments.load` has loaded them already.
+    """
     if model_args.model_name_or_path is None:
         raise ValueError("no model: give `model_name_or_path`")
     check_prerequisites(args, model_args)
     model = find_model(model_args.model_name_or_path)
     _warn_of_inactive(data, args, model_args)
     skipped: list[dict[str, Any]] | None = [] if data.skip_bad_rows else None
-    datasets = data.load(skipped)
-    if args.selector != "column" and "weight" in datasets["train_dataset"].column_names:
-        datasets["train_dataset"] = datasets["train_dataset"].remove_columns("weight")
-
+    datasets = data.load(skipped) if datasets is None else datasets
+    datasets = without_unread_weights(datasets, args)
     given = args.model_init_kwargs
     assert not isinstance(given, str), "a JSON string is parsed by the config"
     args.model_init_kwargs = {
@@ -155,6 +158,14 @@ def make_trainer(
     trainer.skipped_rows = skipped or []
     trainer.config_settings = given_fields(data) | args.given_settings | given_fields(model_args)
     return trainer
+
+
+def without_unread_weights(datasets: dict[str, Any], args: BilevelConfig) -> dict[str, Any]:
+    """The data sets of a run without the column `weight`, where the selector does not read it."""
+    train = datasets["train_dataset"]
+    if args.selector == "column" or "weight" not in train.column_names:
+        return datasets
+    return datasets | {"train_dataset": train.remove_columns("weight")}
 
 
 def _warn_of_inactive(data: DataArguments, args: BilevelConfig, model_args: ModelConfig) -> None:
@@ -197,7 +208,7 @@ def train(
     output_dir, stop = str(args.output_dir), stop or StopSignals()
     resume = True if args.resume_from_checkpoint in LAST else args.resume_from_checkpoint
     is_main_process = args.process_index == 0
-    _refuse_occupied(args, resume)
+    refuse_occupied(args, resume)
     if resume and (resume is not True or finished_step(output_dir) is None):
         find_checkpoint(output_dir, resume)
     trainer = make_trainer(data, args, model_args, trainer_class)
@@ -246,7 +257,7 @@ def score(
     args.refine_fraction, args.eval_strategy, args.save_strategy = "0", "no", "no"
     args.eval_on_start = args.load_best_model_at_end = args.push_to_hub = False
     output_dir, stop = str(args.output_dir), stop or StopSignals()
-    _refuse_occupied(args)
+    refuse_occupied(args)
     trainer = make_trainer(data, args, model_args)
     use_progress(trainer, ProgressCallback("training"))
     stop.hint = ": the same command starts again"
@@ -257,8 +268,12 @@ def score(
             mark_finished(output_dir, 0)
 
 
-def _refuse_occupied(args: BilevelConfig, resume: str | bool | None = None) -> None:
-    """Say before a model is loaded that another run writes into the output directory, or would be overwritten."""
+def refuse_occupied(args: BilevelConfig, resume: str | bool | None = None) -> None:
+    """Say before a model is loaded that another run writes into the output directory, or would be overwritten.
+
+    Raises:
+        ValueError: so it is.
+    """
     if args.process_index != 0:
         return
     refuse_busy(str(args.output_dir))

@@ -78,7 +78,7 @@ def parts_of(
         for source, given in zip(sources, source_weights, strict=True):
             if not 0 <= given < math.inf:
                 raise ValueError(f"{source}: the weight {given} is not a finite number >= 0. Correct `source_weights`")
-    paths = [(path, k) for k, source in enumerate(sources) for path in _matches(source, role)]
+    paths = [(path, k) for k, source in enumerate(sources) for path in matches(source, role)]
     _refuse_twice([path for path, _ in paths], role)
     file_names = [Path(path).name for path, _ in paths]
     parts = []
@@ -99,7 +99,12 @@ def _refuse_twice(paths: list[str], role: str) -> None:
         seen.add(same)
 
 
-def _matches(source: str, role: str) -> list[str]:
+def matches(source: str, role: str) -> list[str]:
+    """The files that a pattern matches; the source itself where it is no pattern.
+
+    Raises:
+        ValueError: none does.
+    """
     path = Path(source).expanduser()
     if path.exists() or not has_magic(source):
         return [source]

@@ -143,6 +143,7 @@ class BilevelTrainer(RowEvaluation):
         self.config_settings = args.given_settings
         self.skipped_rows: list[dict[str, Any]] = []
         self.recorder = Recorder(self._output_dir) if self.accelerator.is_main_process else None
+        self._make_batches()
         self._make_weighting(selector)
 
     def _prepare_validation_rows(self, datasets: dict[str, Dataset]) -> None:
@@ -157,11 +158,13 @@ class BilevelTrainer(RowEvaluation):
             if dataset is not None:
                 check_lengths(role, datasets[role], dataset, self.args.max_length, self.model.config.get_text_config())
 
-    def _make_weighting(self, selector: Selector | None) -> None:
-        args, validation_dataset = self.args, self.validation_dataset
+    def _make_batches(self) -> None:
         rows = PreparedRows(self.train_dataset)
-        validation_rows = None if validation_dataset is None else PreparedRows(validation_dataset)
-        self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, args.loss_reduction)
+        validation_rows = None if self.validation_dataset is None else PreparedRows(self.validation_dataset)
+        self.batches = Batches(rows, validation_rows, self.data_collator, self.accelerator, self.args.loss_reduction)
+
+    def _make_weighting(self, selector: Selector | None) -> None:
+        args = self.args
         self.weighting = RowWeighting(
             args,
             self.resolved,
@@ -171,7 +174,7 @@ class BilevelTrainer(RowEvaluation):
             processing_class=self._tokenizer,
             train_rows=self._train_rows,
             train_dataset=self.train_dataset,
-            validation_dataset=validation_dataset,
+            validation_dataset=self.validation_dataset,
             batches=self.batches,
             recorder=self.recorder,
         )

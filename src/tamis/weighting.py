@@ -162,30 +162,24 @@ class RowWeighting:
 
     def _take_over(self, scout: Scout, earlier: Path) -> None:
         """The scout of the run that this one goes on from; it may be resumed from here too."""
-        if self.refiner and self._can_scout:
+        if self.refiner and self.can_scout:
             scout.load(earlier / SCOUT_FILE)
         if self.recorder:
             self.recorder.take_over(earlier, SCOUT_REPORT, SCOUT_SCORES, SCOUT_FILE)
 
     @property
-    def _can_scout(self) -> bool:
+    def can_scout(self) -> bool:
+        """Whether there are enough validation rows for it."""
         return self.validation_dataset is not None and len(self.validation_dataset) >= MIN_VALIDATION_ROWS
 
-    def _send_scout(self, scout: Scout, row_weights: ScoutWeights, model: nn.Module) -> None:
-        """Score all rows, and settle their weights: see `tamis.selection.trials`."""
+    def scout_settings(self) -> ScoutSettings:
+        """How scouts descend the validation rows of this run."""
         assert self.validation_dataset is not None, "checked by the settings"
-        args, num_validation = self.args, len(self.validation_dataset)
-        if not self._can_scout:
-            logger.warning(
-                f"{num_validation} validation rows are too few to tell what a right row looks like: all weights are "
-                f"one. Give at least {MIN_VALIDATION_ROWS}, ideally 50"
-            )
-            return
-        batch_size = self.resolved.per_device_validation_batch_size
-        settings = ScoutSettings(
+        args, batch_size = self.args, self.resolved.per_device_validation_batch_size
+        return ScoutSettings(
             learning_rates=self.resolved.scout_learning_rates,
             num_steps=scout_lengths(
-                num_validation,
+                len(self.validation_dataset),
                 batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
                 args.scout_epochs,
             ),
@@ -196,19 +190,30 @@ class RowWeighting:
             num_micro_batches=args.gradient_accumulation_steps,
             seed=args.seed,
         )
+
+    def _send_scout(self, scout: Scout, row_weights: ScoutWeights, model: nn.Module) -> None:
+        """Score all rows, and settle their weights: see `tamis.selection.trials`."""
+        assert self.validation_dataset is not None, "checked by the settings"
+        num_validation = len(self.validation_dataset)
+        if not self.can_scout:
+            logger.warning(
+                f"{num_validation} validation rows are too few to tell what a right row looks like: all weights are "
+                f"one. Give at least {MIN_VALIDATION_ROWS}, ideally 50"
+            )
+            return
         ids_R = self.batches.training.ids
         self.outcome = send_scout(
             scout,
             model,
             self.validation_dataset,
             self.train_dataset,
-            settings,
+            self.scout_settings(),
             name_of=lambda k: self._row_name(int(ids_R[k])),
         )
         if self.outcome.finding.calibration.is_believed:
             row_weights.settle(ids_R, self.outcome.p_right_R)
         row_weights.last_loss_N[ids_R] = self.outcome.loss_R
-        is_refined_later = self.refiner is not None and args.refine_policy == "lowest"
+        is_refined_later = self.refiner is not None and self.args.refine_policy == "lowest"
         for level, line in describe(self.outcome, num_validation, is_refined_later):
             logger.log(level, line)
         if self.recorder:

@@ -17,7 +17,7 @@ from tamis.selection import trials as trials_module
 from tamis.selection.calibration import Calibration, expected_auroc, fit, placed
 from tamis.selection.evidence import belief_in, compare
 from tamis.selection.scout import Finding, descend, put_back
-from tamis.selection.trials import Measured, Outcome, Trial, choose, describe, run_trials, send_scout
+from tamis.selection.trials import Measured, Outcome, Trial, choose, describe, run_trials, send_scout, work_of
 
 TRAIN = WRONG + RIGHT
 FEW = WRONG[:5] + RIGHT[:6]
@@ -303,3 +303,25 @@ def test_doubt_is_a_warning_with_a_remedy():
         "no row is refined: with equal weights there is no lowest",
     )
     assert len(lines_of(SURE, refines=True)) == 2
+
+
+# --- what scouting amounts to -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_validation", "num_steps"), [(4, (3,)), (7, (1, 2, 4)), (12, (4, 8))])
+def test_the_work_of_scouting_is_that_which_is_done(bilevel, monkeypatch, num_validation, num_steps):
+    trainer = bilevel(TRAIN, TRUSTED[:num_validation])
+    scout, settings = scout_of(trainer), settings_of(trainer, learning_rates=(1e-2, 3e-3), num_steps=num_steps)
+    collated, measured, collate, present_losses = [], [], trainer.batches.collate, scout.present_losses
+    monkeypatch.setattr(trainer.batches, "collate", lambda batches: collated.append(1) or collate(batches))
+    scout.present_losses = lambda rows, title="": measured.append(len(rows)) or present_losses(rows, title)
+    # The longest descent, and scores that need the losses of the base model: the most that there may be.
+    longest = dataclasses.replace(settings, num_steps=num_steps[-1:])
+    monkeypatch.setattr(
+        trials_module, "choose", lambda trials: max(trials, key=lambda t: (t.num_steps, t.base_coefficient))
+    )
+    send_scout(scout, trainer.model, trainer.validation_dataset, trainer.train_dataset, settings, str)
+    work = work_of(settings, len(TRAIN), num_validation)
+    assert len(collated) == work.num_steps
+    assert sum(measured) == work.num_training_rows + work.num_validation_rows
+    assert work_of(longest, len(TRAIN), num_validation).num_steps == work.num_steps

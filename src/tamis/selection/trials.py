@@ -180,6 +180,37 @@ def send_scout(
     return Outcome(scout.finding, trials, by_chance, loss_R, score_V=score_V, weight_V=weight_V, **found)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What scouting amounts to.
+
+    Attributes:
+        num_steps: optimizer steps of all descents.
+        num_training_rows, num_validation_rows: rows measured by a forward pass, each as often as it is.
+    """
+
+    num_steps: int
+    num_training_rows: int
+    num_validation_rows: int
+
+
+def work_of(settings: ScoutSettings, num_training: int, num_validation: int) -> Work:
+    """At most: `send_scout` may choose a shorter descent, and scores that do without the base model's losses."""
+    num_sampled, marks = min(_SAMPLE_SIZE, num_training), settings.num_steps
+    num_seen = [num_validation - len(part) for part in torch.arange(num_validation).tensor_split(NUM_FOLDS)]
+    num_rates = len(settings.learning_rates)
+    return Work(
+        num_steps=num_rates * sum(_fold_steps(marks, seen, num_validation)[-1] for seen in num_seen) + marks[-1],
+        num_training_rows=(num_rates * NUM_FOLDS * len(marks) + 1) * num_sampled + 2 * num_training,
+        num_validation_rows=(num_rates * len(marks) + 1) * num_validation,
+    )
+
+
+def _fold_steps(marks: Sequence[int], num_seen: int, num_validation: int) -> list[int]:
+    """The same passes over the validation rows as the scout of all of them, not the same steps."""
+    return [max(round(mark * num_seen / num_validation), i + 1) for i, mark in enumerate(marks)]
+
+
 def run_trials(
     scout: Scout,
     model: nn.Module,
@@ -262,8 +293,7 @@ def _measure(
     for k in range(NUM_FOLDS):
         (seen,), (unseen,) = np.nonzero(fold_V != k), np.nonzero(fold_V == k)
         unseen_rows = validation_dataset.select(unseen)
-        # The same passes over the validation rows as the scout of all of them, not the same steps.
-        num_steps = [max(round(mark * len(seen) / len(ids_V)), i + 1) for i, mark in enumerate(marks)]
+        num_steps = _fold_steps(marks, len(seen), len(ids_V))
         title = f"trying scouts, rate {rate:g}, fold {k + 1}/{NUM_FOLDS}"
         with scout.descent(model, ids_V[torch.from_numpy(seen)], settings, rate, num_steps, title) as steps:
             for mark, _ in zip(marks, steps, strict=True):

@@ -1,0 +1,1 @@
+"""`tamis check`: what a run would be like, before it is started."""
