@@ -121,7 +121,8 @@ def score_histogram(run: RunFolder) -> str | None:
                 axes.annotate(text, (border, 1), (offset, 2), **place)
         is_excess = bool(run.scout and run.scout.get("base_coefficient"))
         name = "excess loss over the base model" if is_excess else "loss by the scout"
-        axes.set(xlabel=f"{name}, nats per token", ylabel="rows")
+        axes.set(xlabel=f"{name}, nats per token (outermost bars: and beyond)", ylabel="rows")
+        axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
         axes.legend(loc="upper right")
 
     return drawn("scores", draw, height=3.2)
