@@ -154,8 +154,8 @@ def draw_suite(rows: Rows, path: Path) -> None:
     axes.axvline(1, color="grey", linewidth=1, linestyle="--")
     axes.set(
         yticks=places, yticklabels=[describe(cell.key) for cell in cells], xlim=(lowest - 0.1, 1.25),
-        xlabel=f"part of the gap closed (0: mixing or trusted rows alone, 1: right rows only; {lowest:g} and below at "
-        "the left edge)",
+        xlabel="part of the gap closed\n"
+        f"(0: mixing or trusted rows alone, 1: right rows only; left edge: {lowest:g} or less)",
     )  # fmt: skip
     axes.grid(axis="y", linewidth=0.3)
     figure.legend(loc="outside upper center", ncols=5, fontsize=9)

@@ -1,5 +1,7 @@
 """`tamis score`: the weights that `tamis train` would give, without training."""
 
+import re
+
 import pyarrow.parquet as pq
 import pytest
 from conftest import pairs, write_jsonl
@@ -21,7 +23,7 @@ def test_scoring_gives_the_weights_of_training_and_trains_nothing(bilevel_files,
     scored, trained = tmp_path / "scores", tmp_path / "run"
     assert main(["score", *bilevel_files, "--output_dir", str(scored)]) == 0
     out = capsys.readouterr().out
-    assert f"next       tamis select {scored} --output_dir {scored}-clean" in out
+    assert re.search(rf"^next +tamis select {scored} --output_dir {scored}-clean$", out, re.MULTILINE)
     assert main(["train", *bilevel_files, "--output_dir", str(trained), "--max_steps", "1"]) == 0
     found, expected = (pq.read_table(folder / "weights.parquet") for folder in (scored, trained))
     for name in ("content_hash", "weight", "p_right", "score", "kept"):

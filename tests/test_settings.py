@@ -11,6 +11,7 @@ from trl import ModelConfig
 
 from tamis import BilevelConfig
 from tamis.curation.select import SelectArguments
+from tamis.report.page import ReportArguments
 from tamis.run import DataArguments
 from tamis.settings import FlagFormatter, as_flags
 
@@ -52,6 +53,7 @@ def test_what_python_raises_names_no_flags():
 
 
 def test_what_is_named_in_backticks_is_a_setting():
-    known = {f.name for kind in (BilevelConfig, DataArguments, ModelConfig, SelectArguments) for f in fields(kind)}
+    kinds = (BilevelConfig, DataArguments, ModelConfig, SelectArguments, ReportArguments)
+    known = {f.name for kind in kinds for f in fields(kind)}
     named = {setting for _, text in messages() for setting in re.findall(r"`([a-z]\w*)(?:=[^`]*)?`", text)}
     assert named and named <= known

@@ -156,7 +156,8 @@ def test_a_run_prints_a_dozen_lines_and_one_for_each_logging_step(run, tmp_path,
     assert "\r" not in err and "Loading weights" not in err and "Warning" not in err
 
     names = [line.split("  ")[0] for line in out.splitlines()]
-    assert names == ["held-out loss", "held-out match", "rows kept", "model", "weights", "next", "clean rows"]
+    held_out, files = ["held-out loss", "held-out match"], ["model", "weights"]
+    assert names == [*held_out, "rows kept", *files, "look at them", "next", "clean rows"]
     assert " before, " in out and " of 300 (" in out and str(tmp_path / "run" / "weights.parquet") in out
 
 

@@ -83,7 +83,7 @@ def test_a_refused_upload_loses_nothing(hub, folder, capsys):
     assert (folder / "clean/manifest.json").exists()
     error = capsys.readouterr().err.splitlines()[-1]
     assert "the rows are in clean, but the upload to me/clean failed" in error
-    assert "hf upload --repo-type dataset me/clean clean" in error and "hf_x" not in error
+    assert "Upload the folder by `hf upload`" in error and "hf_x" not in error
 
 
 def test_an_upload_that_cannot_work_is_refused_before_rows_are_read(folder, monkeypatch, caplog):

@@ -46,8 +46,10 @@ def test_the_demo_writes_table_and_picture_and_does_not_repeat_itself(
     assert (tmp_path / "demo" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "demo" / "runs" / "tamis" / "weights.parquet").is_file()
     assert "Losses" in (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
-    kept = (tmp_path / "demo" / "clean" / "train.jsonl").read_text().splitlines()
-    assert kept and set(kept) <= set((tmp_path / "demo" / "world" / "train.jsonl").read_text().splitlines())
+    clean = tmp_path / "demo" / "clean" / "train.jsonl"
+    assert clean.is_file() == json.loads((tmp_path / "demo/runs/tamis/scout.json").read_text())["is_believed"]
+    kept = set(clean.read_text().splitlines() if clean.is_file() else ())
+    assert kept <= set((tmp_path / "demo" / "world" / "train.jsonl").read_text().splitlines())
 
     def no_training(*_):
         raise AssertionError("a finished run was made again")

@@ -56,7 +56,7 @@ def upload(folder: Path, names: Sequence[str], arguments: Any) -> str:
     except (HfHubHTTPError, OSError) as error:
         problem = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"the rows are in {folder}, but the upload to {arguments.hub_dataset_id} failed ({problem}). Upload them "
-            f"with `hf upload --repo-type dataset {arguments.hub_dataset_id} {folder}`"
+            f"the rows are in {folder}, but the upload to {arguments.hub_dataset_id} failed ({problem}). Upload the "
+            "folder by `hf upload` when that is mended"
         ) from error
     return str(repo)

@@ -22,6 +22,7 @@ from tamis.demo.language import make_language_world
 from tamis.demo.world import SCENARIOS, make_world
 from tamis.files import write_atomically
 from tamis.report.page import ReportArguments, report
+from tamis.report.run_folder import read_run
 from tamis.terminal import LOG_LEVELS
 
 MIXING_RHOS = (0.1, 0.3, 0.5, 0.8)
@@ -81,10 +82,11 @@ def run_demo(arguments: DemoArguments) -> list[dict[str, Any]]:
     label = "fault" if arguments.scenario == LANGUAGE else "family"
     page = ReportArguments(str(tamis), output=str(output_dir / "report.html"), label_column=label)
     report(page)
-    select(SelectArguments(str(tamis), str(clean), overwrite_output_dir=True))
     print(f"{format_table(rows)}\n")
     print(f"{output_dir}/report.html      every row, and why it was kept or dropped: open it in a browser")
-    print(f"{clean}/{task.train_file.name}  the rows that tamis keeps")
+    if read_run(str(tamis)).is_believed:  # else all rows are kept
+        select(SelectArguments(str(tamis), str(clean), overwrite_output_dir=True))
+        print(f"{clean}/{task.train_file.name}  the rows that tamis keeps")
     print(f"{output_dir}/comparison.png   the methods beside each other; their runs are in {output_dir}/runs")
     return rows
 
