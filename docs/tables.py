@@ -228,7 +228,8 @@ def deployed_table(results: dict[str, Any]) -> str:
 
 def suite_table(results: dict[str, Any]) -> str:
     """One line per cell of `benchmarks/suite.py`, means over its seeds."""
-    columns = "scenario, wrong rows, trusted rows | seeds | unjudged | SEAL | **tamis** | oracle | gap closed | right rows | AUROC"
+    columns = "scenario, wrong rows, trusted rows | seeds | unjudged | SEAL | **tamis** | oracle | gap closed"
+    columns += " | right rows | AUROC"
     lines: list[list[str]] = []
     for cell in group_cells(results["rows"]):
         seal = np.max([values for name, values in cell.accuracy.items() if name.startswith("SEAL")], axis=0)
