@@ -1,5 +1,6 @@
 """`tamis score`: the weights that `tamis train` would give, without training."""
 
+import json
 import re
 
 import pyarrow.parquet as pq
@@ -32,6 +33,23 @@ def test_scoring_gives_the_weights_of_training_and_trains_nothing(bilevel_files,
         "config.yaml", "metrics.jsonl", "scout.json", "scout_scores.parquet", "weights.parquet",
     ]  # fmt: skip
     assert (scored / "scout.json").read_bytes() == (trained / "scout.json").read_bytes()
+
+
+def test_the_scores_that_are_kept_explain_every_decision(bilevel_files, tmp_path):
+    scored = tmp_path / "scores"
+    assert main(["score", *bilevel_files, "--output_dir", str(scored)]) == 0
+    found = json.loads((scored / "scout.json").read_text())
+    weights, scores = (pq.read_table(scored / name).to_pydict() for name in ("weights.parquet", "scout_scores.parquet"))
+    assert scores["example_id"] == [*range(24), *[None] * (len(scores["score"]) - 24)]
+    score_R, score_V, weight_V = scores["score"][:24], scores["score"][24:], scores["weight"][24:]
+    assert found["is_believed"] and sum(weight_V) == pytest.approx(10), "as many as validation rows"
+    order = sorted(range(24), key=lambda i: score_R[i])
+    assert [weights["p_right"][i] for i in order] == sorted(weights["p_right"], reverse=True)
+    step = (max(score_R) - min(score_R)) / 1000  # of the grid that the border is looked for on
+    for score, kept in zip(score_R, weights["kept"], strict=True):
+        assert kept == (score < found["border"]) or abs(score - found["border"]) < step
+    below = sum(w for score, w in zip(score_V, weight_V, strict=True) if score < found["border"])
+    assert below > 7, "unseen validation rows look right"
 
 
 def test_a_scoring_is_not_overwritten_and_can_be_replayed_as_a_training(bilevel_files, tmp_path, capsys):

@@ -190,6 +190,11 @@ def test_the_command_writes_the_same_bytes_twice(tmp_path, capsys):
     first = (run / "report.html").read_bytes()
     assert main(["report", str(run), "--output", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_bytes() == first
+    assert main(["report", str(run)]) == 0, "its own page is replaced"
+    (tmp_path / "mine.html").write_text("<title>mine</title>")
+    assert main(["report", str(run), "--output", str(tmp_path / "mine.html")]) == 2
+    assert "is no page of tamis" in capsys.readouterr().err
+    assert (tmp_path / "mine.html").read_text() == "<title>mine</title>"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tamis.report.similar import nearest
 from tamis.report.words import findings
 
 PAGE = "report.html"
+_TITLE = b"tamis report</title>"
 _TEXT_LIMITS = (2_000, 600, 300, 150, 80)  # characters of a prompt or a response
 _MAX_DATA = 3_500_000  # bytes of the packed rows; with libraries and pictures the page stays below 5 MB
 _NUM_COMPARED = 100  # of the best, the worst and the border rows, which get their nearest trusted rows
@@ -60,6 +61,8 @@ def report(arguments: ReportArguments) -> Path:
     target = Path(arguments.output or Path(arguments.run) / PAGE).expanduser()
     if target.is_dir():
         raise ValueError(f"{target} is a folder: give a file to `output`")
+    if target.exists() and _TITLE not in target.read_bytes()[:2_000]:
+        raise ValueError(f"{target} is no page of tamis: give another file to `output`")
     page = render(read_run(arguments.run), arguments.label_column)
     write_atomically(target, lambda path: path.write_text(page, encoding="utf-8"))
     return target
