@@ -100,6 +100,12 @@ def test_the_keys_of_the_json(folder, capfd):
     assert again == found
 
 
+def test_the_steps_that_are_measured_leave_no_lines(folder, capfd):
+    found, _ = run(capfd, "--logging_steps", "1")
+    assert found["cost"]["memory"]["is_measured"] and found["notes"]
+    assert not [line for line in found["notes"] if line.startswith("measuring")]
+
+
 def test_without_a_model_the_rows_alone_are_checked(folder, capfd):
     found, _ = run(capfd, without=("--model_name_or_path", "--validation_dataset"))
     training = found["data_sets"]["train_dataset"]

@@ -87,7 +87,7 @@ def _collected(report: Report) -> Iterator[None]:
     def keep(record: logging.LogRecord) -> None:
         text = as_flags(record.getMessage())
         lines = report.warnings if record.levelno >= logging.WARNING else report.notes
-        is_of_steps = record.name in ("tamis.trainer", "tamis.progress") and record.levelno < logging.WARNING
+        is_of_steps = record.name in ("tamis.trainer", "tamis.training_progress") and record.levelno < logging.WARNING
         if text not in lines and not is_of_steps:
             lines.append(text)
 
