@@ -11,21 +11,18 @@ row.
 """
 
 import random
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from common import finish, make_parser
-from data_speed import make_pairs, peak_gb, write_lines
+from common import each_in_its_process, finish, make_parser, peak_gb
+from data_speed import make_pairs, write_lines
 
 from tamis.check import command, overlap
-from tamis.parser import make_train_parser
+from tamis.train_parser import make_train_parser
 
 
 def make_files(num_rows: int, folder: Path) -> dict[str, Path]:
@@ -73,17 +70,7 @@ def measure(file: Path, validation_file: Path) -> dict[str, Any]:
 def main() -> None:
     arguments = make_parser(__doc__, quick="10,000 rows: shows that it runs", seeds=()).parse_args()
     num_rows = 10_000 if arguments.quick else 1_000_000
-    rows = []
-    # Each in a new process: they inherit the peak memory of this one, which therefore does nothing else.
-    with (
-        tempfile.TemporaryDirectory() as name,
-        ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), max_tasks_per_child=1) as executor,
-    ):
-        folder = Path(name)
-        for kind, file in executor.submit(make_files, num_rows, folder).result().items():
-            found = executor.submit(measure, file, folder / "trusted.jsonl").result()
-            rows.append({"rows": kind, "num_rows": num_rows, **found})
-    finish(arguments, rows, {})
+    finish(arguments, each_in_its_process(make_files, measure, num_rows, "rows"), {})
 
 
 if __name__ == "__main__":

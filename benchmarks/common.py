@@ -4,14 +4,19 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
@@ -21,6 +26,8 @@ from trl import SFTConfig
 from tamis.compare.task import Task, learned_weights, run_dir
 from tamis.demo.base_model import PlainTrainer
 from tamis.files import write_atomically
+from tamis.output_dir import read_metrics
+from tamis.rows import content_hash
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -103,8 +110,7 @@ def train_command(files: dict[str, Path], model_dir: Path, output_dir: Path, *op
 
 def last_evaluation(run_dir: Path) -> dict[str, float]:
     """The metrics of a run's last evaluation on held-out rows."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return next(record for record in map(json.loads, reversed(lines)) if "eval_loss" in record)
+    return next(record for record in reversed(read_metrics(run_dir)) if "eval_loss" in record)
 
 
 def tamis_train(
@@ -146,6 +152,49 @@ def estimates(folder: Path, task: Task) -> dict[str, float | None]:
         "weight_on_wrong": float(weights[~is_right].sum() / weights.sum()),
         "weight_on_wrong_by_labels": float(by_labels[~is_right].sum() / by_labels.sum()),
     }
+
+
+def peak_gb() -> float:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def each_in_its_process(
+    make_files: Callable[[int, Path], dict[str, Path]],
+    measure: Callable[[Path, Path], dict[str, Any]],
+    num_rows: int,
+    title: str,
+) -> list[dict[str, Any]]:
+    """Measure every file, beside `trusted.jsonl`, in a new process: it would inherit the peak memory of this one.
+
+    Args:
+        make_files: writes files of so many rows to a folder, and returns them by name.
+        title: of the column with these names.
+    """  # fmt: skip
+    rows = []
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), max_tasks_per_child=1) as executor,
+    ):
+        folder = Path(name)
+        for kind, file in executor.submit(make_files, num_rows, folder).result().items():
+            found = executor.submit(measure, file, folder / "trusted.jsonl").result()
+            rows.append({title: kind, "num_rows": num_rows, **found})
+    return rows
+
+
+def weighed(
+    rows: Sequence[dict[str, Any]], source: str, first: int, p_right: np.ndarray, score: np.ndarray
+) -> pa.Table:
+    """Rows as `weights.parquet` of a run has them; the weights have not the mean of one.
+
+    Args:
+        first: the place of the first of them in the file ``source``.
+    """
+    places = np.arange(first, first + len(rows))
+    columns = {"example_id": places, "source": [source] * len(rows), "row": places}
+    columns |= {"content_hash": [content_hash(row) for row in rows], "weight": p_right**2, "p_right": p_right}
+    return pa.table(columns | {"score": score, "kept": p_right >= 0.5})
 
 
 def finish(

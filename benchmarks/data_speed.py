@@ -12,19 +12,16 @@ the peak memory of the process up to there, of which `import_gb` is there before
 import csv
 import json
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from common import finish, make_parser
+from common import each_in_its_process, finish, make_parser, peak_gb
 
 from tamis.data import load_rows
 from tamis.recorder import Recorder
@@ -116,24 +113,10 @@ def measure(file: Path, validation_file: Path) -> dict[str, float]:
     return found
 
 
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def main() -> None:
     arguments = make_parser(__doc__, quick="10,000 rows: shows that it runs", seeds=()).parse_args()
     num_rows = 10_000 if arguments.quick else 1_000_000
-    rows = []
-    # Each in a new process: they inherit the peak memory of this one, which therefore does nothing else.
-    with (
-        tempfile.TemporaryDirectory() as name,
-        ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), max_tasks_per_child=1) as executor,
-    ):
-        folder = Path(name)
-        for kind, file in executor.submit(make_files, num_rows, folder).result().items():
-            found = executor.submit(measure, file, folder / "trusted.jsonl").result()
-            rows.append({"file": kind, "num_rows": num_rows, **found})
-    finish(arguments, rows, {})
+    finish(arguments, each_in_its_process(make_files, measure, num_rows, "file"), {})
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import finish, make_parser
+from common import finish, make_parser, weighed
 from data_speed import make_pairs, write_lines
 
 from tamis.output_dir import mark_finished, write_config
 from tamis.report.page import ReportArguments, report
-from tamis.rows import content_hash
 
 
 def make_run(num_rows: int, folder: Path) -> Path:
@@ -33,12 +32,8 @@ def make_run(num_rows: int, folder: Path) -> Path:
         generator.random(num_rows) < 2 / 3, generator.normal(0, 1, num_rows), generator.normal(4, 1, num_rows)
     )
     p_right = (1 / (1 + np.exp(2 * (score - 2)))).astype(np.float32)
-    columns = {
-        "example_id": np.arange(num_rows), "source": ["train.jsonl"] * num_rows, "row": np.arange(num_rows),
-        "content_hash": [content_hash(row) for row in rows], "weight": p_right**2 / np.mean(p_right**2),
-        "p_right": p_right, "score": np.log(p_right / (1 - p_right)), "kept": p_right >= 0.5,
-    }  # fmt: skip
-    pq.write_table(pa.table(columns), run / "weights.parquet")
+    logit = np.log(p_right / (1 - p_right))
+    pq.write_table(weighed(rows, "train.jsonl", 0, p_right, logit), run / "weights.parquet")
     ids = pa.array([*range(num_rows), *[None] * 100], pa.int64())
     scores = np.concatenate([score, generator.normal(0, 1, 100)]).astype(np.float32)
     table = pa.table({"example_id": ids, "score": scores, "weight": np.ones(len(ids), np.float32)})

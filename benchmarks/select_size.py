@@ -18,9 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import finish, make_parser
-
-from tamis.rows import content_hash
+from common import finish, make_parser, weighed
 
 BATCH = 100_000
 
@@ -41,17 +39,7 @@ def make_run(kind: str, num_rows: int, folder: Path) -> None:
     generator, lines, table, weights, first = np.random.default_rng(0), None, None, None, 0
     for rows in batches(num_rows):
         p_right = generator.random(len(rows)).astype(np.float32) ** 0.6
-        known = {
-            "example_id": np.arange(first, first + len(rows)),
-            "source": [file.name] * len(rows),
-            "row": np.arange(first, first + len(rows)),
-            "content_hash": [content_hash(row) for row in rows],
-            "weight": p_right**2,
-            "p_right": p_right,
-            "score": np.log(p_right),
-            "kept": p_right >= 0.5,
-        }
-        found = pa.table(known)
+        found = weighed(rows, file.name, first, p_right, np.log(p_right))
         weights = weights or pq.ParquetWriter(folder / "run/weights.parquet", found.schema)
         weights.write_table(found)
         if kind == "parquet":

@@ -130,32 +130,39 @@ def _settings(command: str, options: list[str], terminal: ExitStack) -> Any:
     return settings
 
 
+def _arguments(
+    options: list[str], kind: Any, command: str, *, first: str | None = None, usage: str | None = None
+) -> Any:
+    """The settings of a command that has a dataclass of its own.
+
+    Args:
+        first: the setting that may come first, without its name.
+    """
+    from tamis.parser import StrictParser
+
+    if first and options and not options[0].startswith("-"):
+        options = [f"--{first}", *options]
+    (arguments,) = StrictParser((kind,), prog=f"tamis {command}", usage=usage).parse_args_and_config(options)
+    return arguments
+
+
 def _run_select(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
     from tamis.curation.select import SelectArguments, select
-    from tamis.parser import StrictParser
     from tamis.summary import format_summary
     from tamis.terminal import quiet_terminal
 
-    dataclass_types: Any = (SelectArguments,)
-    parser = StrictParser(dataclass_types, prog="tamis select", usage="tamis select RUN --output_dir DIR [options]")
-    if options and not options[0].startswith("-"):
-        options = ["--weights", *options]
-    (arguments,) = parser.parse_args_and_config(options)
+    usage = "tamis select RUN --output_dir DIR [options]"
+    arguments = _arguments(options, SelectArguments, "select", first="weights", usage=usage)
     terminal.enter_context(quiet_terminal("passive"))
     print(format_summary(select(arguments)))
     return 0
 
 
 def _run_report(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
-    from tamis.parser import StrictParser
     from tamis.report.page import ReportArguments, report
     from tamis.terminal import quiet_terminal
 
-    dataclass_types: Any = (ReportArguments,)
-    parser = StrictParser(dataclass_types, prog="tamis report", usage="tamis report RUN [options]")
-    if options and not options[0].startswith("-"):
-        options = ["--run", *options]
-    (arguments,) = parser.parse_args_and_config(options)
+    arguments = _arguments(options, ReportArguments, "report", first="run", usage="tamis report RUN [options]")
     terminal.enter_context(quiet_terminal("warning"))
     if arguments.serve:
         from tamis.report.serve import serve
@@ -168,12 +175,9 @@ def _run_report(options: list[str], terminal: ExitStack, stop: StopSignals) -> i
 
 def _run_demo(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
     from tamis.demo.run import DemoArguments, run_demo
-    from tamis.parser import StrictParser
     from tamis.terminal import quiet_terminal
 
-    dataclass_types: Any = (DemoArguments,)
-    parser = StrictParser(dataclass_types, prog="tamis demo")
-    (arguments,) = parser.parse_args_and_config(options)
+    arguments = _arguments(options, DemoArguments, "demo")
     # Eleven runs: a line for each, and what they warn of.
     terminal.enter_context(quiet_terminal(arguments.log_level, details_of=("tamis.demo", "tamis.compare")))
     run_demo(arguments)

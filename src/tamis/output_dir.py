@@ -1,6 +1,7 @@
 """Whose an output directory is: of one process at a time, of one run, and of a user whose files nobody overwrites."""
 
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -146,6 +147,17 @@ def mark_finished(output_dir: str | Path, step: int) -> None:
 def finished_step(output_dir: str | Path) -> int | None:
     """The optimizer steps after which the run was finished and its model saved; None where it was not."""
     return _run_info(config_path(output_dir)).get("finished_step")
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`, as far as they are whole; none where there is no such file."""
+    path, records = Path(output_dir) / "metrics.jsonl", list[dict[str, Any]]()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # the last line, while it is written or where a kill has cut it
+            break
+    return records
 
 
 # --- files of the user ------------------------------------------------------------------------------------------------

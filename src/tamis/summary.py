@@ -1,6 +1,5 @@
 """The end of `tamis train`: what came out, read from the run directory, and what to do next."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tamis.output_dir import EXAMPLE
+from tamis.output_dir import EXAMPLE, read_metrics
 
 
 def summarize(output_dir: str | Path, *, has_held_out: bool) -> list[tuple[str, str]]:
@@ -26,14 +25,14 @@ def summarize(output_dir: str | Path, *, has_held_out: bool) -> list[tuple[str, 
     if (folder / "refinements.parquet").is_file():
         lines.append(("responses", str(folder / "refinements.parquet")))
     lines.append(("look at them", _report_command(folder)))
-    return [*lines, ("next", _next_command(folder)), ("clean rows", _select_command(folder))]
+    return [*lines, ("next", _next_command(folder)), ("clean rows", select_command(folder))]
 
 
 def summarize_scores(output_dir: str | Path) -> list[tuple[str, str]]:
     """The same of `tamis score`."""
     folder = Path(output_dir)
     lines = [_rows_kept(folder), ("weights", str(folder / "weights.parquet"))]
-    return [*lines, ("look at them", _report_command(folder)), ("next", _select_command(folder))]
+    return [*lines, ("look at them", _report_command(folder)), ("next", select_command(folder))]
 
 
 def rows_kept(is_kept: pa.ChunkedArray | pa.Array) -> tuple[str, str]:
@@ -47,8 +46,7 @@ def _rows_kept(folder: Path) -> tuple[str, str]:
 
 
 def _held_out(folder: Path) -> list[tuple[str, str]]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluated = [record for record in records if record.get("eval_loss") is not None]
+    evaluated = [record for record in read_metrics(folder) if record.get("eval_loss") is not None]
     if not evaluated:
         return []
     before = [record for record in evaluated if record["step"] == 0][:1]
@@ -70,7 +68,8 @@ def _next_command(folder: Path) -> str:
     return f"tamis train --config {folder / 'config.yaml'} --output_dir {folder}-again"
 
 
-def _select_command(folder: Path) -> str:
+def select_command(folder: Path) -> str:
+    """How to get the clean rows of a run."""
     return f"tamis select {folder} --output_dir {folder}-clean"
 
 

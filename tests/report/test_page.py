@@ -197,6 +197,12 @@ def test_the_command_writes_the_same_bytes_twice(tmp_path, capsys):
     assert (tmp_path / "mine.html").read_text() == "<title>mine</title>"
 
 
+def test_a_setting_without_effect_is_said(tmp_path, capsys):
+    run = scouted(tmp_path, ROWS, [0.9, 0.7, 0.1, 0.8])
+    assert main(["report", str(run), "--port", "9999"]) == 0
+    assert "port is set but has no effect: serve is not set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -220,6 +226,7 @@ def test_prompts_of_all_layouts_become_text():
     chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
     answer = [{"role": "assistant", "content": "ho"}]
     assert prompt_and_response({"messages": chat + answer}) == ("system: be kind\nuser: hi", "ho")
+    assert prompt_and_response({"messages": chat + answer + chat[1:]})[1] == "ho", "the answer that select replaces"
     assert prompt_and_response({"prompt": chat[1:], "completion": answer}) == ("hi", "ho")
     assert prompt_and_response({"text": "abc"}) == ("", "abc")
     row = {"prompt": "p", "completion": "c", "prompt_input": "i", "system": "s", "history": [["a", "b"]]}

@@ -47,3 +47,5 @@ def test_a_port_that_is_taken(server, tmp_path, capsys):
     options = ["--serve", "true", "--port", str(server.server_port)]
     assert main(["report", str(tmp_path / "run"), *options]) == 2
     assert f"port {server.server_port} cannot be used" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run"), *options, "--output", "x.html"]) == 2
+    assert "output is set but has no effect" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The picture of a comparison."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from tamis.compare.seal import SEAL
 from tamis.compare.table import best_variants
 from tamis.compare.task import Task, learned_weights, right_responses, run_dir
 from tamis.files import write_atomically
+from tamis.output_dir import read_metrics
 
 
 def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) -> None:
@@ -25,8 +25,7 @@ def draw_comparison(rows: list[dict[str, Any]], task: Task, output_dir: Path) ->
     figure, panels = plt.subplots(1, num_panels, figsize=(4.75 * num_panels, 4.2), layout="constrained")
     curves, *histograms = panels[:3]
     for row in best_variants(rows):
-        with open(run_dir(output_dir, row["method"]) / "metrics.jsonl", encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
+        records = read_metrics(run_dir(output_dir, row["method"]))
         points = {r["step"]: r["eval_teacher_forced_match"] for r in records if "eval_teacher_forced_match" in r}
         width = 2.5 if row["method"].startswith("tamis") else 1.3
         curves.plot(list(points), list(points.values()), label=row["method"], linewidth=width)

@@ -17,7 +17,8 @@ from tamis.rows import last_answer
 logger = logging.getLogger(__name__)
 
 USES = ("best", "all")
-_COLUMNS = ["example_id", "step", "responses", "response_weights", "weight"]
+_OF_RESPONSES = ("responses", "response_p_right", "response_weights")
+_COLUMNS = ("example_id", "step", "weight", "is_refined", *_OF_RESPONSES)
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,35 @@ def read_responses(path: Path, use: str, is_kept_N: Mask) -> dict[int, list[NewR
         raise ValueError(f"use_refined must be one of {', '.join(USES)}, got {use!r}")
     if not path.is_file():
         raise ValueError(f"{path}: no such file: the run has refined no rows. Leave `use_refined` out")
-    with pq.ParquetFile(path) as file:
-        is_scored = "response_p_right" in file.schema_arrow.names
-        columns = [*_COLUMNS, *(["response_p_right"] if is_scored else [])]
-        last = dict[int, dict[str, Any]]()
-        for batch in file.iter_batches(columns=columns):
-            for record in batch.to_pylist():
-                place = record["example_id"]
-                if not is_kept_N[place] and record["step"] >= last.get(place, record)["step"]:
-                    last[place] = record
-    found = {i: _usable(record, use) for i, record in sorted(last.items())}
+    found = {i: _usable(record, use) for i, record in last_refinements(path).items() if not is_kept_N[i]}
     if any(math.isnan(response.p_right) for responses in found.values() for response in responses):
         logger.warning("the run does not know how likely its new responses are right: all that could be used are taken")
     return {i: responses for i, responses in found.items() if responses}
 
 
+def last_refinements(path: Path) -> dict[int, dict[str, Any]]:
+    """Of each row that was refined the last record, by its place in `weights.parquet`, in order.
+
+    Earlier versions of tamis have not written ``response_p_right``; it is a list of None then.
+
+    Args:
+        path: `refinements.parquet` of a run, see `tamis.recorder.Recorder.add_refinements`.
+    """
+    last = dict[int, dict[str, Any]]()
+    with pq.ParquetFile(path) as file:
+        columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=columns):
+            for record in batch.to_pylist():
+                record.setdefault("response_p_right", [None] * len(record["responses"]))
+                if record["step"] >= last.get(record["example_id"], record)["step"]:
+                    last[record["example_id"]] = record
+    return dict(sorted(last.items()))
+
+
 def _usable(record: dict[str, Any], use: str) -> list[NewResponse]:
     """Best first; a response that was generated twice counts once, with the weight of both."""
-    p_right = record.get("response_p_right") or [math.nan] * len(record["responses"])
     found = dict[str, NewResponse]()
-    for text, p, share in zip(record["responses"], p_right, record["response_weights"], strict=True):
+    for text, p, share in zip(*(record[name] for name in _OF_RESPONSES), strict=True):
         p = math.nan if p is None else p
         if share > 0 and text.strip() and not p < 0.5:
             before = found[text].weight if text in found else 0.0

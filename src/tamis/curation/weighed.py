@@ -20,7 +20,7 @@ from tamis.data import RowReader
 from tamis.output_dir import CONFIG_FILES, config_path
 from tamis.readers import kind_of
 from tamis.rows import BATCH_SIZE, check_rows, place_in_file
-from tamis.sources import parts_of
+from tamis.sources import Part, parts_of
 
 _WEIGHTS = "weights.parquet"
 _NUMBERS = ("source", "row", "weight", "p_right", "score", "kept")
@@ -101,14 +101,11 @@ def find_sources(path: Path, given: dict[str, Any], weights: pa.Table) -> tuple[
     config = config_of(path.parent) | {name: value for name, value in given.items() if value}
     if not config.get("train_dataset"):
         raise ValueError(f"{path.parent} does not say which rows were weighed: give `train_dataset`")
-    settings, role = reading_settings(config), "train_dataset"
-    parts = parts_of(settings["train_dataset"], role=role, split=settings["train_split"])
-    known, row_N = _known_rows(path), weights["row"]
-    sources, first = list[Source](), 0
-    for part in parts:
-        skipped: list[dict[str, Any]] | None = [] if settings["skip_bad_rows"] else None
-        reader = RowReader(part.origin, part.name, role=role, skipped=skipped, **settings["columns"])
-        num_rows = sum(_compare(part.of_source(table), known) for table in reader)
+    known, row_N = known_rows(path), weights["row"]
+    sources, parts, first = list[Source](), list[Part](), 0
+    for part, reader, tables in rows_again(config):
+        parts.append(part)
+        num_rows = sum(_compare(table, hashes, known) for table, hashes in tables)
         file = part.origin if isinstance(part.origin, Path) else Path(part.source).expanduser()
         places = slice(first, first + num_rows)
         place_R = row_N.slice(first, num_rows).to_numpy()
@@ -131,32 +128,39 @@ def config_of(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def reading_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """How a run has read its training rows: `train_dataset`, `train_split`, `skip_bad_rows`, and `columns` by name."""
-    named = config.get("train_dataset") or []
-    return {
-        "train_dataset": [named] if isinstance(named, str) else named,
-        "train_split": config.get("train_split", "train"),
-        "skip_bad_rows": bool(config.get("skip_bad_rows")),
-        "columns": {name: config.get(name) for name in ("prompt_column", "response_column", "weight_column")},
-    }
+def rows_again(config: dict[str, Any]) -> Iterator[tuple[Part, RowReader, Iterator[tuple[pa.Table, list[str]]]]]:
+    """The training rows of a run, file by file, read as it has read them: in batches, with the hashes of their rows.
+
+    Args:
+        config: its settings.
+
+    Raises:
+        ValueError: a file is missing or cannot be read.
+    """
+    named, role = config.get("train_dataset") or [], "train_dataset"
+    columns = {name: config.get(name) for name in ("prompt_column", "response_column", "weight_column")}
+    sources = [named] if isinstance(named, str) else named
+    for part in parts_of(sources, role=role, split=config.get("train_split", "train")):
+        skipped: list[dict[str, Any]] | None = [] if config.get("skip_bad_rows") else None
+        reader = RowReader(part.origin, part.name, role=role, skipped=skipped, **columns)
+        yield part, reader, _with_hashes(part, reader)
 
 
-def _known_rows(path: Path) -> Iterator[tuple[int, str]]:
+def _with_hashes(part: Part, reader: RowReader) -> Iterator[tuple[pa.Table, list[str]]]:
+    for table in reader:
+        yield part.of_source(table), check_rows(Dataset(table, fingerprint="batch"), "train_dataset")
+
+
+def known_rows(path: Path) -> Iterator[tuple[int, str]]:
     """Of every row that was weighed, in order: where it stood in its file, and the hash of what it said."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(BATCH_SIZE, columns=["row", "content_hash"]):
             yield from zip(batch["row"].to_pylist(), batch["content_hash"].to_pylist(), strict=True)
 
 
-def _compare(table: pa.Table, known: Iterator[tuple[int, str]]) -> int:
+def _compare(table: pa.Table, hashes: list[str], known: Iterator[tuple[int, str]]) -> int:
     """Compare the next rows of a file with the next that were weighed; returns how many they are."""
-    rows = zip(
-        table["source"].to_pylist(),
-        table["row"].to_pylist(),
-        check_rows(Dataset(table, fingerprint="batch"), ""),
-        strict=True,
-    )
+    rows = zip(table["source"].to_pylist(), table["row"].to_pylist(), hashes, strict=True)
     for name, row, content_hash in rows:
         before = next(known, None)
         if before is None:

@@ -18,12 +18,14 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tamis.curation.refined import last_refinements
 from tamis.files import write_atomically
 from tamis.report import charts
 from tamis.report.rows import RowTexts, grouped, hashes_of, read_texts, shown_rows, validation_texts
 from tamis.report.run_folder import RunFolder, Values, read_run
 from tamis.report.similar import nearest
 from tamis.report.words import findings
+from tamis.settings import given_fields, warn_without_effect
 
 PAGE = "report.html"
 _TITLE = b"tamis report</title>"
@@ -58,6 +60,8 @@ def report(arguments: ReportArguments) -> Path:
     Raises:
         ValueError: there is no run, the label column is missing, or the file is not one of ours.
     """
+    inactive = {"serve is not set": ["port"]}
+    warn_without_effect(given_fields(arguments), inactive)
     target = Path(arguments.output or Path(arguments.run) / PAGE).expanduser()
     if target.is_dir():
         raise ValueError(f"{target} is a folder: give a file to `output`")
@@ -85,7 +89,6 @@ def render(run: RunFolder, label_column: str | None = None, version_url: str = "
     library = files("tamis.report") / "vendor"
     own = files("tamis.report") / "templates"
     return environment.get_template("page.html.jinja").render(
-        run=run,
         name=run.path.resolve().name,
         version=version("tamis"),
         findings=findings(run),
@@ -194,14 +197,16 @@ def _pictures(run: RunFolder, texts: RowTexts) -> list[tuple[str, str, Markup]]:
 def _refined(run: RunFolder, texts: RowTexts) -> list[dict[str, Any]]:
     """Rows that were given new responses, with old and new ones; the first of them."""
     rows = list[dict[str, Any]]()
-    for place, record in sorted(run.refinements().items()):
+    path = run.path / "refinements.parquet"
+    for place, record in (last_refinements(path) if path.is_file() else {}).items():
         if place not in texts.content or not record["is_refined"] or len(rows) == _NUM_REFINED:
             continue
         prompt, original = texts.content[place]
-        p_right = record.get("response_p_right") or [None] * len(record["responses"])
         responses = [
             {"text": text[: _TEXT_LIMITS[0]], "weight": weight, "p_right": p}
-            for text, weight, p in zip(record["responses"], record["response_weights"], p_right, strict=True)
+            for text, weight, p in zip(
+                record["responses"], record["response_weights"], record["response_p_right"], strict=True
+            )
         ]
         rows.append(
             {"place": place, "step": record["step"], "prompt": prompt, "original": original, "responses": responses}

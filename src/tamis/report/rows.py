@@ -1,6 +1,5 @@
 """The rows of a run with what they say, read again from the user's files; a row that has changed since has no text."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from tamis.curation.weighed import reading_settings
-from tamis.data import RowReader, load_rows
+from tamis.curation.weighed import known_rows, rows_again
+from tamis.data import load_rows
 from tamis.readers import read_file
 from tamis.report.run_folder import RunFolder, Values
-from tamis.rows import BATCH_SIZE, batches, check_rows, column_values, has_column
-from tamis.sources import Part, parts_of
+from tamis.rows import BATCH_SIZE, batches, column_values, has_column, last_answer
+from tamis.sources import Part
 
 MAX_SHOWN = 50_000
 _MAX_LABELS = 12
@@ -66,18 +65,15 @@ def read_texts(run: RunFolder, shown: Values, label_column: str | None = None) -
     """
     assert run.weights is not None
     texts = RowTexts(length_N=np.full(len(run.weights), np.nan))
-    settings, wanted, place, changed = reading_settings(run.config), set(shown.tolist()), 0, 0
+    wanted, place, changed = set(shown.tolist()), 0, 0
     labels: list[str] | None = None if label_column is None else []
-    known = _hashes(run)
+    known = known_rows(run.path / "weights.parquet")
     try:
-        for part in parts_of(settings["train_dataset"], role="train_dataset", split=settings["train_split"]):
-            skipped: list[dict[str, Any]] | None = [] if settings["skip_bad_rows"] else None
-            reader = RowReader(part.origin, part.name, role="train_dataset", skipped=skipped, **settings["columns"])
+        for part, _, tables in rows_again(run.config):
             first = place
-            for table in reader:
-                hashes = check_rows(Dataset(table, fingerprint="batch"), "train_dataset")
+            for table, hashes in tables:
                 for row, content_hash in zip(table.to_pylist(), hashes, strict=True):
-                    if next(known, None) != content_hash:
+                    if next(known, (0, ""))[1] != content_hash:
                         changed += 1
                     else:
                         prompt, response = prompt_and_response(row)
@@ -118,7 +114,8 @@ def prompt_and_response(row: dict[str, Any]) -> tuple[str, str]:
     if "text" in row:
         return "", row["text"]
     if "messages" in row:
-        before, last = row["messages"][:-1], row["messages"][-1:]
+        place = last_answer(row["messages"])
+        before, last = row["messages"][:place], row["messages"][place : place + 1]
     else:
         before, last = row["prompt"], row["completion"]
     parts = [row.get("system"), *(f"user: {q}\nassistant: {a}" for q, a in row.get("history") or ())]
@@ -133,12 +130,6 @@ def _as_text(content: Any, with_roles: bool = True) -> str:
     if not with_roles or len(texts) == 1:
         return "\n".join(texts)
     return "\n".join(f"{message['role']}: {text}" for message, text in zip(content, texts, strict=True))
-
-
-def _hashes(run: RunFolder) -> Iterator[str]:
-    with pq.ParquetFile(run.path / "weights.parquet") as file:
-        for batch in file.iter_batches(BATCH_SIZE, columns=["content_hash"]):
-            yield from batch["content_hash"].to_pylist()
 
 
 def hashes_of(run: RunFolder, shown: Values) -> list[str]:

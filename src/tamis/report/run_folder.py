@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tamis.curation.weighed import config_of, read_weights
-from tamis.output_dir import finished_step
+from tamis.output_dir import finished_step, read_metrics
 
 Values = np.ndarray[Any, Any]
-_EVALUATED = "eval_loss"
 
 
 @dataclass(frozen=True)
@@ -82,20 +81,6 @@ class RunFolder:
         scores = self.scores.filter(pa.array(is_validation_S))
         return scores["score"].to_numpy(), scores["weight"].to_numpy()
 
-    def refinements(self) -> dict[int, dict[str, Any]]:
-        """Of each row that was refined the last record, by its place; see `tamis.recorder.Recorder.add_refinements`."""
-        path, last = self.path / "refinements.parquet", dict[int, dict[str, Any]]()
-        if not path.is_file():
-            return last
-        names = ["example_id", "step", "responses", "response_weights", "is_refined"]
-        with pq.ParquetFile(path) as file:
-            known = [*names, "response_p_right"] if "response_p_right" in file.schema_arrow.names else names
-            for batch in file.iter_batches(columns=known):
-                for record in batch.to_pylist():
-                    if record["step"] >= last.get(record["example_id"], record)["step"]:
-                        last[record["example_id"]] = record
-        return last
-
 
 def read_run(given: str) -> RunFolder:
     """Read a run directory.
@@ -107,26 +92,16 @@ def read_run(given: str) -> RunFolder:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder. Give a run directory, the output_dir of tamis train or tamis score")
     config = config_of(path)
-    weights_file, metrics_file = path / "weights.parquet", path / "metrics.jsonl"
+    weights_file = path / "weights.parquet"
     if not config.get("run_info") and not weights_file.is_file():
         raise ValueError(f"{path} is no run directory: it has neither a config.yaml of tamis nor a weights.parquet")
     scout_file, scores_file = path / "scout.json", path / "scout_scores.parquet"
     return RunFolder(
         path=path,
         config=config,
-        metrics=_metrics(metrics_file) if metrics_file.is_file() else [],
+        metrics=read_metrics(path),
         weights=read_weights(weights_file) if weights_file.is_file() else None,
         scout=json.loads(scout_file.read_text(encoding="utf-8")) if scout_file.is_file() else None,
         scores=pq.read_table(scores_file) if scores_file.is_file() else None,
         is_finished=finished_step(str(path)) is not None,
     )
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line, while it is written or where a kill has cut it
-            break
-    return records

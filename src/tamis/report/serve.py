@@ -8,6 +8,7 @@ from typing import Any
 
 from tamis.report.page import ReportArguments, render
 from tamis.report.run_folder import read_run
+from tamis.settings import given_fields, warn_without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ def serve(arguments: ReportArguments, started: Callable[[str], Any] = print) -> 
     Raises:
         ValueError: there is no run, or the port is taken.
     """
+    warn_without_effect(given_fields(arguments), {"the page is served, not written": ["output"]})
     read_run(arguments.run)
     try:
         server = make_server(arguments)

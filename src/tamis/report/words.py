@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tamis.report.run_folder import RunFolder
+from tamis.summary import select_command
 
 _FEW_VALIDATION_ROWS = 30
 _FEW_RIGHT = 0.1
@@ -63,7 +64,7 @@ def _next_steps(run: RunFolder) -> list[tuple[str, str]]:
     config = f"tamis train --config {run.path}/config.yaml"
     if run.weights is None or not run.is_finished:
         return [(f"{config} --resume_from_checkpoint last", "goes on with the run, if it has stopped")]
-    select = f"tamis select {run.path} --output_dir {run.path}-clean"
+    select = select_command(run.path)
     steps = [(select, "writes the rows that are kept, in the format of your files")]
     if not run.is_believed:
         return [(f"{config} --output_dir {run.path}-again", "trains again, after more or other trusted rows")]
