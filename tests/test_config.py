@@ -72,7 +72,7 @@ def test_static_selectors_need_no_validation_dataset(tmp_path, settings):
     for selector in ("none", "column"):
         args = config(tmp_path, selector=selector, **settings)
         check(args, has_validation=False, has_weight=True)
-        assert args.resolve(has_validation=False).rho == 0 and args.resolve().rho == settings.get("rho", 0.5)
+        assert args.resolve(num_validation=0).rho == 0 and args.resolve().rho == settings.get("rho", 0.5)
 
 
 @pytest.mark.parametrize(

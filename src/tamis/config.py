@@ -4,6 +4,7 @@ Each field's help text is its documentation, for `tamis train --help` and for `h
 is filled in by `BilevelConfig.resolve`; what cannot work is refused by `tamis.checks`, before a model is loaded.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -134,8 +135,8 @@ class BilevelConfig(SFTConfig):
     rho_decay_ratio: float = setting(1.0, "Part of the training steps over which --rho_start decays to --rho.")
     per_device_validation_batch_size: int | None = setting(
         None,
-        "Validation rows per device and micro-batch, beside --per_device_train_batch_size training rows. The same "
-        "number when not set.",
+        "Validation rows per device and micro-batch, beside --per_device_train_batch_size training rows. Default: with "
+        "'scout' in the proportion of the data, at least one; else the same number.",
     )
     loss_reduction: Literal["example", "token"] = setting(
         "example", "'example': every row counts the same. 'token': every token does, as in SFTTrainer."
@@ -213,12 +214,14 @@ class BilevelConfig(SFTConfig):
 
     # --- what was left open -----------------------------------------------------------------------------------------
 
-    def resolve(self, selector: SelectorTraits | None = None, *, has_validation: bool = True) -> Resolved:
+    def resolve(
+        self, selector: SelectorTraits | None = None, *, num_training: int = 1, num_validation: int = 1
+    ) -> Resolved:
         """Fill in what was left open, each with the reason.
 
         Args:
             selector: an instance that takes the place of the name in the field `selector`.
-            has_validation: whether there are validation rows.
+            num_training, num_validation: rows; of the latter there may be none.
         """
         resolved = Resolved()
         scouts = self.scouts(selector)
@@ -239,7 +242,7 @@ class BilevelConfig(SFTConfig):
             rates = tuple(float(f"{ratio * self.learning_rate:.6g}") for ratio in SCOUT_LEARNING_RATE_RATIOS)
             reason = f"{', '.join(map(str, SCOUT_LEARNING_RATE_RATIOS))} times learning_rate: unseen rows choose"
             resolved.set("scout_learning_rates", given, rates, reason)
-        if has_validation:
+        if num_validation:
             resolved.set("rho", self.rho, None if scouts else DEFAULT_RHO, "half of the objective")
         else:
             resolved.set("rho", self.rho, 0.0, "there are no validation rows")
@@ -247,8 +250,7 @@ class BilevelConfig(SFTConfig):
         resolved.set(
             "per_device_validation_batch_size",
             self.per_device_validation_batch_size,
-            self.per_device_train_batch_size,
-            "as many as training rows",
+            *self._validation_batch_size(scouts, num_training, num_validation),
         )
         resolved.refine_fraction = None if self.refine_fraction == "auto" else float(self.refine_fraction)
         if self.refines:
@@ -264,6 +266,18 @@ class BilevelConfig(SFTConfig):
                 start, reason = 0.25, "the scores need steps to tell rows apart"
             resolved.set("refine_start", self.refine_start, start, reason)
         return resolved
+
+    def _validation_batch_size(self, scouts: bool, num_training: int, num_validation: int) -> tuple[int, str]:
+        """How many there are by default, and why.
+
+        At the scout's rho a validation row counts as much as a right training row. So it needs no more visits than one:
+        as many validation rows as training rows would double the work of a step (LOG.md, 2026-11-26).
+        """
+        size = self.per_device_train_batch_size
+        if not scouts or self.rho is not None:
+            return size, "as many as training rows"
+        share = num_validation / max(num_training, 1)
+        return min(max(math.ceil(size * share), 1), size), "their share of the rows, at least one"
 
     @property
     def refines(self) -> bool:

@@ -115,7 +115,11 @@ class BilevelTrainer(RowEvaluation):
             prompt_template = "auto"
         datasets = named_datasets(train_dataset, validation_dataset, eval_dataset, formatting_func)
         check_settings(args, datasets, selector)
-        self.resolved = args.resolve(selector, has_validation=validation_dataset is not None)
+        self.resolved = args.resolve(
+            selector,
+            num_training=len(datasets["train_dataset"]),
+            num_validation=len(datasets.get("validation_dataset", ())),
+        )
         if not args.uses_validation(selector):
             datasets.pop("validation_dataset", None)
         hashes = check_datasets(datasets, args)

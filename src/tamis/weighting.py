@@ -175,7 +175,8 @@ class RowWeighting:
     def scout_settings(self) -> ScoutSettings:
         """How scouts descend the validation rows of this run."""
         assert self.validation_dataset is not None, "checked by the settings"
-        args, batch_size = self.args, self.resolved.per_device_validation_batch_size
+        args = self.args
+        batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
         return ScoutSettings(
             learning_rates=self.resolved.scout_learning_rates,
             num_steps=scout_lengths(
