@@ -1,4 +1,4 @@
-"""The command line: `tamis train`, `tamis check`, `tamis score`, `tamis select`, `tamis report` and `tamis demo`.
+"""The command line: `tamis train`, `check`, `score`, `select`, `report`, `compare` and `demo`.
 
 Results go to stdout, everything else to stderr. A wrong input ends with one line on stderr and exit code 2, before any
 model is loaded. What needs torch is imported where it is used: the help and the version are there at once.
@@ -6,6 +6,7 @@ model is loaded. What needs torch is imported where it is used: the help and the
 
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +21,7 @@ USAGE = """usage: tamis COMMAND [options]
   score   weigh every row without training: how likely it is right
   select  write the rows that a run or a scoring keeps, in files of their own format
   report  write a page on a run: what was learned, why rows were dropped, every row to look at
+  compare tell on your own data whether it pays: tamis beside plain SFT, mixing and rivals, on equal tokens
   demo    make a small world and compare tamis with its alternatives on it (CPU, a few minutes)
 
 `tamis COMMAND --help` lists the options, `tamis --version` tells the version."""
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if command not in _RUN:
         print(f"tamis: there is no command '{command}'\n{USAGE}", file=sys.stderr)
         return 2
-    if command in ("train", "check", "score") and ("-h" in options or "--help" in options):
+    if command in ("train", "check", "score", "compare") and ("-h" in options or "--help" in options):
         print(short_help(command), end="")
         return 0
     with ExitStack() as terminal:
@@ -113,8 +115,26 @@ def _run_score(options: list[str], terminal: ExitStack, stop: StopSignals) -> in
     return 0
 
 
-def _settings(command: str, options: list[str], terminal: ExitStack) -> Any:
-    """What the options say; None where they ask for the whole help, which is printed."""
+def _run_compare(options: list[str], terminal: ExitStack, stop: StopSignals) -> int:
+    from tamis.compare.own.command import PAGE, TABLE, compare
+    from tamis.summary import format_summary
+
+    details = ("tamis.compare", "tamis.training_progress")
+    if (settings := _settings("compare", options, terminal, details)) is None:
+        return 0
+    stop.hint = ": the same command goes on after the runs that are finished"
+    found = compare(*settings)
+    print(found.text())
+    print(format_summary([("page", found.folder / PAGE), ("table", found.folder / TABLE)]))
+    return 1 if found.errors else 0
+
+
+def _settings(command: str, options: list[str], terminal: ExitStack, details_of: Sequence[str] = ("tamis",)) -> Any:
+    """What the options say; None where they ask for the whole help, which is printed.
+
+    Args:
+        details_of: the parts of tamis that are heard, see `quiet_terminal`.
+    """
     from tamis.terminal import quiet_terminal
     from tamis.train_parser import make_train_parser
 
@@ -126,7 +146,7 @@ def _settings(command: str, options: list[str], terminal: ExitStack) -> Any:
         settings = parser.parse_args_and_config(options)
     args = settings[1]
     log_level = args.log_level if args.process_index == 0 else args.log_level_replica
-    terminal.enter_context(quiet_terminal(log_level))
+    terminal.enter_context(quiet_terminal(log_level, details_of))
     return settings
 
 
@@ -186,7 +206,7 @@ def _run_demo(options: list[str], terminal: ExitStack, stop: StopSignals) -> int
 
 _RUN = {
     "train": _run_train, "check": _run_check, "score": _run_score, "select": _run_select, "report": _run_report,
-    "demo": _run_demo,
+    "compare": _run_compare, "demo": _run_demo,
 }  # fmt: skip
 
 if __name__ == "__main__":

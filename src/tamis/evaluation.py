@@ -63,6 +63,10 @@ class RowEvaluation(SFTTrainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
+    def evaluated_losses(self) -> Tensor:
+        """Token-mean loss of each row of the data set that was measured last, in its order, in nats per token."""
+        return torch.cat(self._evaluated)[:, 0]
+
     def _row_metrics(self, rows_R5: Tensor) -> dict[str, float]:
         nll_R, is_match_R, num_tokens_R, num_top1_R, entropy_R = rows_R5.double().unbind(dim=1)
         is_finite_R = nll_R.isfinite()

@@ -1,4 +1,4 @@
-"""The short help of `tamis train`, `tamis check` and `tamis score`: examples, then the options that matter.
+"""The short help of `tamis train` and of the commands that take its settings: examples, then the options that matter.
 
 It imports nothing but argparse, so that it is there at once. `--help_all` has every option, from the parser itself.
 """
@@ -22,11 +22,16 @@ EXAMPLES = {
     --validation_dataset validation.jsonl --output_dir scores
   tamis select scores --output_dir clean                      the rows that are likely right, in files of their own
 """,
+    "compare": """examples:
+  tamis compare --model_name_or_path Qwen/Qwen3-0.6B --train_dataset train.jsonl \\
+    --validation_dataset validation.jsonl --eval_dataset held_out.jsonl --output_dir comparison
+""",
 }
 _WHAT = {
     "train": "Fine-tune a model on doubtful rows under the guidance of trusted ones.",
     "check": "Say what `tamis train` would meet: bad rows, copies, what is trained on, time, memory and disk.",
     "score": "Say how likely each doubtful row is right, by what trusted rows teach a model; nothing is trained.",
+    "compare": "Tell on your own data whether selection pays: tamis beside plain SFT, mixing and rivals.",
 }
 # By option: what its value is called, and what it does. A test holds the defaults, in brackets, against the settings.
 OPTIONS: dict[str, tuple[str, str]] = {
@@ -53,17 +58,29 @@ OPTIONS: dict[str, tuple[str, str]] = {
 }
 
 
-_OF_CHECK = {
-    "no_measure": "do not load the model, nor train steps to know time and memory",
-    "json": "write one JSON object to stdout, and nothing else",
+_OWN: dict[str, dict[str, tuple[str, str]]] = {
+    "check": {
+        "no_measure": ("", "do not load the model, nor train steps to know time and memory"),
+        "json": ("", "write one JSON object to stdout, and nothing else"),
+    },
+    "compare": {
+        "methods": ("NAMES", "what is compared; --help_all lists them [six], or all"),
+        "seeds": ("N N", "a run of each method each [0 1 2]"),
+        "metric": ("NAME", "eval_loss, exact_match, module:function, lm_eval:TASK [eval_loss]"),
+        "max_tokens": ("N", "tokens of a run [those of plain SFT]"),
+        "max_minutes": ("N", "the same as time"),
+    },
 }
-_NOT_OF_SCORE = (
-    "eval_dataset", "num_train_epochs", "max_steps", "selector", "refine_fraction", "resume_from_checkpoint",
-)  # fmt: skip
+_LEFT_OUT = {
+    "score": (
+        "eval_dataset", "num_train_epochs", "max_steps", "selector", "refine_fraction", "resume_from_checkpoint",
+    ),
+    "compare": ("refine_fraction", "resume_from_checkpoint", "seed"),
+}  # fmt: skip
 
 
 def short_help(command: str = "train") -> str:
-    """The text of `tamis train --help`, and those of `tamis check` and `tamis score`."""
+    """The text of `tamis COMMAND --help`."""
     parser = argparse.ArgumentParser(
         prog=f"tamis {command}",
         usage=f"tamis {command} --model_name_or_path MODEL --train_dataset FILE [options]",
@@ -73,16 +90,19 @@ def short_help(command: str = "train") -> str:
     )
     options = parser.add_argument_group("options, in order of need")
     for name, (metavar, text) in OPTIONS.items():
-        if command == "score" and name in _NOT_OF_SCORE:
-            continue
-        if metavar:
-            options.add_argument(f"--{name}", metavar=metavar, help=text)
-        else:
-            options.add_argument(f"--{name}", action="store_true", help=text)
+        if name not in _LEFT_OUT.get(command, ()):
+            _add(options, name, metavar, text)
     other = parser.add_argument_group("more")
-    for name, text in _OF_CHECK.items() if command == "check" else ():
-        other.add_argument(f"--{name}", action="store_true", help=text)
+    for name, (metavar, text) in _OWN.get(command, {}).items():
+        _add(other, name, metavar, text)
     other.add_argument("--config", metavar="FILE", help="read options from a YAML file; flags win")
     other.add_argument("--help_all", action="store_true", help="all options, those of TRL and transformers too")
     other.add_argument("--version", action="store_true", help="version of tamis")
     return parser.format_help()
+
+
+def _add(group: argparse._ArgumentGroup, name: str, metavar: str, text: str) -> None:
+    if metavar:
+        group.add_argument(f"--{name}", metavar=metavar, help=text)
+    else:
+        group.add_argument(f"--{name}", action="store_true", help=text)

@@ -7,22 +7,26 @@ from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from tamis.check.arguments import CheckArguments
+from tamis.compare.own.arguments import CompareArguments
 from tamis.config import REFINING_FIELDS, BilevelConfig
 from tamis.parser import StrictParser
 from tamis.run import DataArguments
 
 _TITLES = (
-    "data", "selection and its two levels", "online refining", "model and LoRA", "rows to tokens", "training", "check"
+    "data", "selection and its two levels", "online refining", "model and LoRA", "rows to tokens", "training", "check",
+    "comparison",
 )  # fmt: skip
 _TRANSFORMERS_OWN = {f.name for f in fields(TrainingArguments)}
 _TRL_OWN = {f.name for f in fields(SFTConfig)} - _TRANSFORMERS_OWN
 
 
 def make_train_parser(command: str = "train") -> TrlParser:
-    """The parser of `tamis train`, and of `tamis check` and `tamis score`."""
+    """The parser of `tamis train`, and of the other commands that take its settings."""
     dataclass_types: Any = (DataArguments, BilevelConfig, ModelConfig)
     if command == "check":
         dataclass_types += (CheckArguments,)
+    if command == "compare":
+        dataclass_types += (CompareArguments,)
     usage = f"tamis {command} --model_name_or_path MODEL --train_dataset FILE [options]"
     return _GroupedParser(dataclass_types, prog=f"tamis {command}", usage=usage)
 
@@ -45,6 +49,8 @@ def _title_of(dtype: Any, name: str) -> str:
         return "data"
     if dtype is CheckArguments:
         return "check"
+    if dtype is CompareArguments:
+        return "comparison"
     if dtype is ModelConfig:
         return "model and LoRA"
     if name in REFINING_FIELDS:

@@ -12,7 +12,7 @@ from task_of_numbers import COMMON, make_task, make_task_of_two_kinds
 import tamis.compare.runs
 from tamis.compare import rivals
 from tamis.compare.methods import compare_methods
-from tamis.compare.rivals import BDS, RIVALS, Scorer, run_rivals
+from tamis.compare.rivals import BDS, RIVALS, run_rivals, scorer_of
 from tamis.compare.runs import TAMIS_SHARE, keep_top
 from tamis.compare.task import is_right, run_dir
 from tamis.metrics import auroc
@@ -32,7 +32,7 @@ def test_a_rival_is_scored_once_and_trained_on_what_it_keeps(tmp_path, model_dir
     rows = run_rivals(task, tmp_path, SCORED, [0.5, 0.25], ["CoLoR-Filter"])
     names = [f"CoLoR-Filter, top {share}%{mixed}" for share in (50, 25) for mixed in ("", ", mixed")]
     assert [row["method"] for row in rows] == names and {row["group"] for row in rows} == {"CoLoR-Filter"}
-    scores = Scorer(task, tmp_path, SCORED).scores("CoLoR-Filter")
+    scores = scorer_of(task, tmp_path, SCORED).scores("CoLoR-Filter")
     assert scores.auroc == auroc(scores.score_N, is_right(task)) > 0.97
     assert {(row["selection_auroc"], row["cost_forwards"]) for row in rows} == {(scores.auroc, scores.cost_forwards)}
     assert all(row["seconds"] > scores.seconds > 0 for row in rows)
@@ -52,8 +52,8 @@ def test_scores_are_made_again_where_anything_differs(change, tmp_path, model_di
     task, settings, calls = make_task(tmp_path / "task", model_dir), dict(COMMON), []
     original = RIVALS["random"].score
     monkeypatch.setitem(RIVALS, "random", rivals.Rival("", lambda trainer: calls.append(trainer) or original(trainer)))
-    first = Scorer(task, tmp_path, settings).scores("random")
-    again = Scorer(task, tmp_path, settings).scores("random")
+    first = scorer_of(task, tmp_path, settings).scores("random")
+    again = scorer_of(task, tmp_path, settings).scores("random")
     assert len(calls) == 1 and np.array_equal(first.score_N, again.score_N)
     assert vars(first) | {"score_N": 0} == vars(again) | {"score_N": 0}
     if change == "settings":
@@ -63,7 +63,7 @@ def test_scores_are_made_again_where_anything_differs(change, tmp_path, model_di
     else:
         file = task.train_file if change == "training rows" else task.validation_file
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    Scorer(task, tmp_path, settings).scores("random")
+    scorer_of(task, tmp_path, settings).scores("random")
     assert len(calls) == 2
 
 
@@ -73,10 +73,10 @@ def test_rows_that_are_too_long_have_the_lowest_score_and_no_weight(tmp_path, mo
     rows[3]["prompt"] = "1" * 60
     write_jsonl(task.train_file, rows)
     settings = COMMON | {"max_length": 50, "max_steps": 2}
-    scorer = Scorer(task, tmp_path, settings)
+    scorer = scorer_of(task, tmp_path, settings)
     score_N = scorer.scores("perplexity filter").score_N
     assert np.flatnonzero(~np.isfinite(score_N)).tolist() == [3]
-    read_again = Scorer(task, tmp_path, settings).scores("perplexity filter").score_N
+    read_again = scorer_of(task, tmp_path, settings).scores("perplexity filter").score_N
     assert np.array_equal(read_again, score_N)
     weighed = rivals._write_weights(task, score_N, tmp_path / "weights.jsonl")
     weights = np.array([json.loads(line)["weight"] for line in weighed.read_text().splitlines()])
@@ -90,7 +90,7 @@ def test_ica_also_weighs_all_rows_as_it_was_published(tmp_path, model_dir):
     rows = run_rivals(task, tmp_path, COMMON | {"max_steps": 2}, [0.5], ["ICA"])
     assert [row["method"] for row in rows][2:] == ["ICA, as weights", "ICA, as weights, mixed"]
     weights = pq.read_table(run_dir(tmp_path, "ICA, as weights") / "weights.parquet")["weight"].to_numpy()
-    score_N = Scorer(task, tmp_path, COMMON | {"max_steps": 2}).scores("ICA").score_N
+    score_N = scorer_of(task, tmp_path, COMMON | {"max_steps": 2}).scores("ICA").score_N
     assert np.corrcoef(weights, score_N)[0, 1] == pytest.approx(1.0, abs=1e-4) and weights.mean() == pytest.approx(1)
 
 

@@ -45,7 +45,7 @@ def measure(trainer: BilevelTrainer, args: BilevelConfig, num_steps: int) -> tup
         RuntimeError, MemoryError: there is too little memory for a step.
     """
     scout = trainer.weighting.scout if args.scouts() and trainer.weighting.can_scout else None
-    step_seconds = _train(trainer, num_steps) * _tokens_per_step(trainer)
+    step_seconds = seconds_per_step(trainer, num_steps)
     _longest_step(trainer)
     trainer.optimizer.state.clear()  # in a run, scouting comes before there are states
     seconds_per_token = _seconds_per_token(trainer)
@@ -53,6 +53,11 @@ def measure(trainer: BilevelTrainer, args: BilevelConfig, num_steps: int) -> tup
     evaluation = _evaluated_tokens(trainer, args, num_steps) * seconds_per_token
     kept = parameters_of(trainer.model).num_trained_bytes if scout is not None and scout.keep else 0
     return Time(step_seconds, step_seconds * num_steps, scouting, evaluation), _memory(trainer, kept)
+
+
+def seconds_per_step(trainer: BilevelTrainer, num_steps: int) -> float:
+    """Of an optimizer step on average, by a few of them; the trainer is of no use afterwards."""
+    return _train(trainer, num_steps) * _tokens_per_step(trainer)
 
 
 def _train(trainer: BilevelTrainer, num_steps: int) -> float:

@@ -96,25 +96,31 @@ class Scores:
 
 
 class Scorer:
-    """Scores the training rows of a task by rivals. Scores that are there already are read.
+    """Scores training rows by rivals. Scores that are there already are read.
 
     The base model is loaded once, and only where there is something to score.
 
     Args:
+        make_trainer: makes one that never trains on the rows: it has the base model and the prepared rows.
         output_dir: as for `run_method`; the scores are in `runs/NAME_scores/`.
-        common: settings of `tamis train`. Scores depend on the seed, the learning rate and the batch sizes among them.
+        identity: what the scores depend on: rows, model and settings, the seed, the learning rate and the batch sizes
+            among them.
+        labels: whether each training row is right, where that is known.
     """
 
-    def __init__(self, task: Task, output_dir: Path, common: dict[str, Any]):
-        self.task, self.output_dir, self.common = task, output_dir, common
+    def __init__(
+        self,
+        make_trainer: Callable[[], BilevelTrainer],
+        output_dir: Path,
+        identity: dict[str, Any],
+        labels: Callable[[], NDArray[np.bool_]] | None = None,
+    ):
+        self._make_trainer, self.output_dir, self._identity, self._labels = make_trainer, output_dir, identity, labels
 
     @cached_property
     def trainer(self) -> BilevelTrainer:
-        """One that never trains on the rows: it has the base model and the prepared rows."""
-        settings = self.common | {"selector": "none", "eval_strategy": "no"}
-        args = BilevelConfig(output_dir=str(run_dir(self.output_dir, "scoring")), **settings)
-        data = DataArguments([str(self.task.train_file)], str(self.task.validation_file))
-        return make_trainer(data, args, ModelConfig(model_name_or_path=str(self.task.model_dir)))
+        """What the scores are made with."""
+        return self._make_trainer()
 
     def folder(self, name: str) -> Path:
         """Where the files of a rival are."""
@@ -122,9 +128,7 @@ class Scorer:
 
     def scores(self, name: str) -> Scores:
         """What a rival of `RIVALS` thinks of the rows."""
-        path, task = self.folder(name) / "scores.json", self.task
-        identity = {"rival": name, "task": task.fingerprint, "settings": self.common}
-        identity |= {"rows": file_digest(task.train_file), "validation": file_digest(task.validation_file)}
+        path, identity = self.folder(name) / "scores.json", {"rival": name} | self._identity
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             if found.pop("identity") == identity:
@@ -145,7 +149,25 @@ class Scorer:
         seconds = time.perf_counter() - started
         score_N = np.full(len(trainer.weighting.train_rows), -np.inf)
         score_N[trainer.batches.training.ids.numpy()] = score_R.double().numpy()
-        return Scores(score_N, seconds, cost.forwards, auroc(score_N, is_right(self.task)))
+        return Scores(score_N, seconds, cost.forwards, auroc(score_N, self._labels()) if self._labels else None)
+
+
+def scorer_of(task: Task, output_dir: Path, common: dict[str, Any]) -> Scorer:
+    """Scores the training rows of a task.
+
+    Args:
+        common: settings of `tamis train`.
+    """
+
+    def make() -> BilevelTrainer:
+        settings = common | {"selector": "none", "eval_strategy": "no"}
+        args = BilevelConfig(output_dir=str(run_dir(output_dir, "scoring")), **settings)
+        data = DataArguments([str(task.train_file)], str(task.validation_file))
+        return make_trainer(data, args, ModelConfig(model_name_or_path=str(task.model_dir)))
+
+    identity = {"task": task.fingerprint, "settings": common}
+    identity |= {"rows": file_digest(task.train_file), "validation": file_digest(task.validation_file)}
+    return Scorer(make, output_dir, identity, lambda: is_right(task))
 
 
 def run_rivals(
@@ -169,17 +191,19 @@ def run_rivals(
     names = ALL_RIVALS if names is None else names
     if unknown := [name for name in names if name not in ALL_RIVALS]:
         raise ValueError(f"unknown rival {unknown[0]!r}: choose from {', '.join(ALL_RIVALS)}")
-    scorer, rows = Scorer(task, output_dir, common), list[dict[str, Any]]()
+    scorer, rows = scorer_of(task, output_dir, common), list[dict[str, Any]]()
     for name in names:
         if name == BDS:
             rows += [run_method(method, task, output_dir, common) for method in _bds_methods(task)]
         else:
-            rows += _run_rival(name, scorer, shares)
+            rows += _run_rival(name, scorer, task, common, shares)
     return rows
 
 
-def _run_rival(name: str, scorer: Scorer, shares: Sequence[Share]) -> list[dict[str, Any]]:
-    task, output_dir, common = scorer.task, scorer.output_dir, scorer.common
+def _run_rival(
+    name: str, scorer: Scorer, task: Task, common: dict[str, Any], shares: Sequence[Share]
+) -> list[dict[str, Any]]:
+    output_dir = scorer.output_dir
     scores, folder = scorer.scores(name), scorer.folder(name)
     rows = []
     for share in shares:
@@ -196,19 +220,32 @@ def _run_rival(name: str, scorer: Scorer, shares: Sequence[Share]) -> list[dict[
 
 def _write_weights(task: Task, score_N: NDArray[np.float64], path: Path) -> Path:
     """The training rows with a column ``weight``: their scores, scaled to between 0 and 1."""
-    is_finite_N = np.isfinite(score_N)
-    low, high = score_N[is_finite_N].min(), score_N[is_finite_N].max()
-    weight_N = np.where(is_finite_N, (score_N - low) / max(high - low, 1e-12), 0.0)
+    weight_N = scaled(score_N)
     rows = [json.loads(line) for line in task.train_file.read_text(encoding="utf-8").splitlines()]
     text = "".join(json.dumps(row | {"weight": float(w)}) + "\n" for row, w in zip(rows, weight_N, strict=True))
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
 
 
-def _bds_methods(task: Task) -> list[Method]:
-    settings = [
-        ("" if selector == "softmax" else f", {selector}", {"selector": selector, "reference": "zero", "rho": rho})
+def scaled(score_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scores as weights between 0 and 1; rows without a score have 0."""
+    is_finite_N = np.isfinite(score_N)
+    low, high = score_N[is_finite_N].min(), score_N[is_finite_N].max()
+    return np.where(is_finite_N, (score_N - low) / max(high - low, 1e-12), 0.0)
+
+
+def bds_variants() -> dict[str, dict[str, Any]]:
+    """Settings of `tamis train` by the names of the variants of BDS."""
+    return {
+        f"BDS, rho={rho}{'' if selector == 'softmax' else f', {selector}'}": {
+            "selector": selector,
+            "reference": "zero",
+            "rho": rho,
+        }
         for selector in ("softmax", "sigmoid")
         for rho in BDS_RHOS
-    ]
-    return [Method(f"BDS, rho={s['rho']}{suffix}", task.train_file, s, BDS) for suffix, s in settings]
+    }
+
+
+def _bds_methods(task: Task) -> list[Method]:
+    return [Method(name, task.train_file, settings, BDS) for name, settings in bds_variants().items()]

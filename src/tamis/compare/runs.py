@@ -123,12 +123,16 @@ def keep_top(task: Task, score_N: ArrayLike, share: float, path: Path) -> Path:
         score_N: one for each training row.
         share: of all rows that are kept; the last one is not rounded up, as SEAL has it. At least one row is.
     """
-    order = np.asarray(score_N).argsort(kind="stable")[::-1]
-    kept = set(order[: max(int(share * len(order)), 1)].tolist())
     lines = task.train_file.read_text(encoding="utf-8").splitlines(keepends=True)
-    text = "".join(line for i, line in enumerate(lines) if i in kept)
+    text = "".join(lines[i] for i in top_rows(score_N, share))
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
+
+
+def top_rows(score_N: ArrayLike, share: float) -> list[int]:
+    """Places of the rows with the highest scores, in their old order; see `keep_top`."""
+    order = np.asarray(score_N).argsort(kind="stable")[::-1]
+    return sorted(order[: max(int(share * len(order)), 1)].tolist())
 
 
 def share_name(share: Share) -> str:

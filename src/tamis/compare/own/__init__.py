@@ -1,0 +1,1 @@
+"""`tamis compare`: does selection pay on the user's own data."""
