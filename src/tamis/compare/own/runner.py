@@ -215,6 +215,7 @@ def measure_base(arena: Arena, seed: int, max_tokens: int | None, max_minutes: f
     identity = arena.identity(BASE, settings, _all_rows(train)) | asked
     if (base := read_result(folder, identity)) is None:
         trainer = arena.trainer(folder, settings | {"rho": 0.5}, train)
+        use_progress(trainer, ProgressCallback(BASE))
         values = arena.evaluate(trainer)
         base = Result(BASE, BASE, seed, as_lists(values))
         lengths = {role: lengths_of(trainer, role).tolist() for role in ("train_dataset", "validation_dataset")}

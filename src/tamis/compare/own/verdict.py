@@ -186,4 +186,6 @@ def cells(line: Line, metrics: Sequence[Metric]) -> list[str]:
 
 
 def _thousands(number: float) -> str:
+    if number < 1e4:
+        return f"{number:,.0f}"
     return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
