@@ -26,8 +26,11 @@ ROWS = {"train_dataset": "abc", "validation_dataset": "def", "eval_dataset": "gh
 
 
 def identity(tmp_path, rows=ROWS, selector="mirror", num_ranks=1, **settings):
-    args = BilevelConfig(**{"output_dir": str(tmp_path / "run"), "selector": selector} | PLAIN | settings)
-    return identify(args, args.resolve(), rows, selector, num_ranks)
+    class Config(BilevelConfig):
+        world_size = num_ranks
+
+    args = Config(**{"output_dir": str(tmp_path / "run"), "selector": selector} | PLAIN | settings)
+    return identify(args, args.resolve(), rows, selector)
 
 
 def test_the_state_comes_back_bit_for_bit(tmp_path):

@@ -182,11 +182,30 @@ def test_defaults_are_resolved(tmp_path):
     resolved = config(tmp_path, per_device_train_batch_size=3, learning_rate=1e-4, selector="mirror").resolve()
     assert (resolved.score_map, resolved.selector_learning_rate) == ("bounded", 1.75)
     assert resolved.scout_learning_rates == ()
-    assert (resolved.rho, resolved.rho_start, resolved.per_device_validation_batch_size) == (0.5, 0.5, 3)
+    assert (resolved.rho, resolved.rho_start, resolved.validation_rows_per_step) == (0.5, 0.5, 3)
     assert "rho = 0.5 (half of the objective)" in resolved.announcements
     given = config(tmp_path, per_device_validation_batch_size=2, rho=0.3, rho_start=1.0).resolve()
-    assert (given.rho, given.rho_start, given.per_device_validation_batch_size) == (0.3, 1.0, 2)
+    assert (given.rho, given.rho_start, given.validation_rows_per_step) == (0.3, 1.0, 2)
     assert "rho = 0.3 (as given)" in given.announcements
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_training", "num_validation", "expected"),
+    [
+        ({}, 1000, 64, 1),
+        ({}, 1000, 300, 2),
+        ({"gradient_accumulation_steps": 16, "per_device_train_batch_size": 1}, 1000, 200, 4),
+        ({}, 100, 1000, 4),  # not more than training rows
+        ({"rho": 0.1}, 1000, 64, 4),
+        ({"selector": "mirror"}, 1000, 64, 4),
+        ({"per_device_validation_batch_size": 3, "gradient_accumulation_steps": 2}, 1000, 64, 6),
+    ],
+)
+def test_with_a_scout_a_step_has_validation_rows_in_the_proportion_of_the_data(
+    tmp_path, settings, num_training, num_validation, expected
+):
+    resolved = config(tmp_path, **settings).resolve(num_training=num_training, num_validation=num_validation)
+    assert resolved.validation_rows_per_step == expected
 
 
 def test_the_scout_is_tried_at_three_rates_unless_one_is_given(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from trl import ModelConfig
 
 from tamis import BilevelConfig
+from tamis.compare.own.arguments import CompareArguments
 from tamis.curation.select import SelectArguments
 from tamis.report.page import ReportArguments
 from tamis.run import DataArguments
@@ -53,7 +54,7 @@ def test_what_python_raises_names_no_flags():
 
 
 def test_what_is_named_in_backticks_is_a_setting():
-    kinds = (BilevelConfig, DataArguments, ModelConfig, SelectArguments, ReportArguments)
+    kinds = (BilevelConfig, DataArguments, ModelConfig, SelectArguments, ReportArguments, CompareArguments)
     known = {f.name for kind in kinds for f in fields(kind)}
     named = {setting for _, text in messages() for setting in re.findall(r"`([a-z]\w*)(?:=[^`]*)?`", text)}
     assert named and named <= known

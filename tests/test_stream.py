@@ -30,7 +30,7 @@ def sampler(
         num_training=num_training,
         num_validation=num_validation,
         training_batch_size=training,
-        validation_batch_size=validation,
+        validation_rows_per_step=validation * settings.get("num_ranks", 1) * settings.get("accumulation", 1),
         seed=seed,
         **settings,
     )
@@ -51,6 +51,34 @@ def test_every_training_row_exactly_once_an_epoch(num_training, num_ranks):
     rows = [row for batch in batches for row in batch if row < num_training]
     assert sorted(rows) == list(range(num_training))
     assert len(batches) == len(sampler(num_training=num_training, num_ranks=num_ranks))
+
+
+def test_a_step_has_the_same_rows_however_it_is_divided():
+    """Three validation rows a step: on one rank and in one micro-batch, or dealt to up to eight."""
+
+    def steps(num_ranks, accumulation, training):
+        made = {"num_training": 48, "validation": 0, "num_ranks": num_ranks, "accumulation": accumulation}
+        ranks = [sampler(rank=rank, training=training, **made) for rank in range(num_ranks)]
+        for one in ranks:
+            one.validation_rows_per_step = 3
+        micro_batches = list(zip(*ranks, strict=True))
+        assert all(max(micro_batches[step][0]) >= 48 for step in range(0, len(micro_batches), accumulation))
+        groups = [micro_batches[k : k + accumulation] for k in range(0, len(micro_batches), accumulation)]
+        return [sorted(row for micro_batch in group for row in chain(*micro_batch)) for group in groups]
+
+    expected = steps(1, 1, 8)
+    assert len(expected) == 6 and all(sum(row >= 48 for row in step) == 3 for step in expected)
+    for num_ranks, accumulation in ((1, 2), (1, 8), (2, 1), (2, 2), (2, 4), (4, 2), (8, 1)):
+        assert steps(num_ranks, accumulation, 8 // (num_ranks * accumulation)) == expected
+
+
+def test_a_short_last_step_has_validation_rows_too():
+    """Ten micro-batches in steps of four: the last step has two, and the next epoch begins with a new one."""
+    for epoch in (0, 1):
+        made = sampler(num_training=40, training=4, validation=0, epoch=epoch, accumulation=4)
+        made.validation_rows_per_step = 1
+        num_validation = [sum(row >= 40 for row in batch) for batch in made]
+        assert num_validation == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
 
 
 def test_training_rows_come_first():
@@ -322,7 +350,7 @@ def test_a_generated_response_takes_the_place_of_the_original_one():
 
 def test_the_stream_yields_ids():
     args = TrainingArguments(output_dir="unused", use_cpu=True)
-    stream = make_stream(TRAINING, VALIDATION, args, training_batch_size=2, validation_batch_size=1)
+    stream = make_stream(TRAINING, VALIDATION, args, training_batch_size=2, validation_rows_per_step=1)
     batches = list(stream)
     assert sorted(chain(*(batch.training_ids for batch in batches))) == [3, 4, 9]
     assert [batch.validation_ids for batch in batches] == [[4], [4]]
@@ -332,7 +360,7 @@ def test_the_stream_asks_for_visits_at_every_step():
     args = TrainingArguments(output_dir="unused", use_cpu=True)
     visits = torch.tensor([0.0, 3.0, 0.0])
     stream = make_stream(
-        TRAINING, VALIDATION, args, training_batch_size=2, validation_batch_size=1, visits=lambda: visits
+        TRAINING, VALIDATION, args, training_batch_size=2, validation_rows_per_step=1, visits=lambda: visits
     )
     assert [batch.training_ids for batch in stream] == [[3, 3], [3]]
 

@@ -52,25 +52,21 @@ class RunIdentity:
     given: dict[str, Any]
 
 
-def identify(
-    args: BilevelConfig, resolved: Resolved, fingerprints: dict[str, str], selector: str, num_ranks: int
-) -> RunIdentity:
-    """The identity of a run.
+def identify(args: BilevelConfig, resolved: Resolved, fingerprints: dict[str, str], selector: str) -> RunIdentity:
+    """The identity of a run. The rows of a step may be spread over other ranks and micro-batches.
 
     Args:
         fingerprints: of the datasets, by role.
         selector: its name, or that of its class.
-        num_ranks: so that the same rows a step may be spread over another number of ranks.
     """
     own = {f.name for f in fields(args)} - {f.name for f in fields(SFTConfig)} - set(_CHANGEABLE)
     own.discard("per_device_validation_batch_size")
     meaning = {name: getattr(args, name) for name in sorted(own | set(_OF_ROWS))}
     meaning |= {name: getattr(resolved, name) for name in _RESOLVED}
-    num_micro_batches = num_ranks * args.gradient_accumulation_steps
     meaning |= {
         "selector": selector,
-        "training rows a step": args.per_device_train_batch_size * num_micro_batches,
-        "validation rows a step": resolved.per_device_validation_batch_size * num_micro_batches,
+        "training rows a step": args.per_device_train_batch_size * args.micro_batches_per_step,
+        "validation rows a step": resolved.validation_rows_per_step,
     }
     meaning |= {role: fingerprints.get(role) for role in ("train_dataset", "validation_dataset")}
     batch = ("per_device_train_batch_size", "per_device_validation_batch_size", "gradient_accumulation_steps")

@@ -40,7 +40,7 @@ class Resolved:
     scout_learning_rates: tuple[float, ...] = ()
     rho: float | None
     rho_start: float | None
-    per_device_validation_batch_size: int
+    validation_rows_per_step: int  # of an optimizer step, over all micro-batches and ranks
     generation_batch_size: int
     refine_start: float
     response_temperature: float
@@ -136,7 +136,7 @@ class BilevelConfig(SFTConfig):
     per_device_validation_batch_size: int | None = setting(
         None,
         "Validation rows per device and micro-batch, beside --per_device_train_batch_size training rows. Default: with "
-        "'scout' in the proportion of the data, at least one; else the same number.",
+        "'scout' as many in a step as their share of the data, at least one; else the same number.",
     )
     loss_reduction: Literal["example", "token"] = setting(
         "example", "'example': every row counts the same. 'token': every token does, as in SFTTrainer."
@@ -247,14 +247,14 @@ class BilevelConfig(SFTConfig):
         else:
             resolved.set("rho", self.rho, 0.0, "there are no validation rows")
         resolved.set("rho_start", self.rho_start, resolved.rho, "constant rho")
-        resolved.set(
-            "per_device_validation_batch_size",
-            self.per_device_validation_batch_size,
-            *self._validation_batch_size(scouts, num_training, num_validation),
-        )
+        size, num_micro_batches = self.per_device_validation_batch_size, self.micro_batches_per_step
+        num_given = None if size is None else size * num_micro_batches
+        default, reason = self._validation_rows_per_step(scouts, num_training, num_validation)
+        resolved.set("validation_rows_per_step", num_given, default, reason)
         resolved.refine_fraction = None if self.refine_fraction == "auto" else float(self.refine_fraction)
         if self.refines:
-            num_rows = self.per_device_train_batch_size + resolved.per_device_validation_batch_size
+            num_rows = self.per_device_train_batch_size
+            num_rows += math.ceil(resolved.validation_rows_per_step / num_micro_batches)
             reason = "the rows of a training micro-batch, so that it fits where training fits"
             resolved.set("generation_batch_size", self.generation_batch_size, num_rows, reason)
             reason = "the scout tells responses apart" if scouts else "likely responses become likelier"
@@ -267,17 +267,22 @@ class BilevelConfig(SFTConfig):
             resolved.set("refine_start", self.refine_start, start, reason)
         return resolved
 
-    def _validation_batch_size(self, scouts: bool, num_training: int, num_validation: int) -> tuple[int, str]:
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of an optimizer step, over all ranks."""
+        return int(self.gradient_accumulation_steps * self.world_size)
+
+    def _validation_rows_per_step(self, scouts: bool, num_training: int, num_validation: int) -> tuple[int, str]:
         """How many there are by default, and why.
 
         At the scout's rho a validation row counts as much as a right training row. So it needs no more visits than one:
         as many validation rows as training rows would double the work of a step (LOG.md, 2026-11-26).
         """
-        size = self.per_device_train_batch_size
+        size = self.per_device_train_batch_size * self.micro_batches_per_step
         if not scouts or self.rho is not None:
             return size, "as many as training rows"
         share = num_validation / max(num_training, 1)
-        return min(max(math.ceil(size * share), 1), size), "their share of the rows, at least one"
+        return min(max(math.ceil(size * share), 1), size), "their share of the data, at least one"
 
     @property
     def refines(self) -> bool:

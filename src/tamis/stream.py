@@ -8,6 +8,7 @@ never from a global generator, so that a resumed run and a run on another number
 Shape suffixes: B rows of a micro-batch, training rows first; L its training rows, U its validation rows.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,7 +148,10 @@ class BilevelBatchSampler(Sampler[list[int]]):
 
     Args:
         num_training, num_validation: rows of the two datasets; ``num_validation`` may be 0.
-        training_batch_size, validation_batch_size: rows of each per step and rank.
+        training_batch_size: training rows of a micro-batch.
+        validation_rows_per_step: of an optimizer step over all ranks, spread evenly over its micro-batches; the first
+            one of the first rank has one in any case.
+        accumulation: micro-batches of an optimizer step on each rank.
         seed: all the randomness there is.
         rank, num_ranks: which share of the global batch this process takes.
         drop_last: leave out the last step of an epoch if it has fewer training rows than the others.
@@ -161,8 +165,9 @@ class BilevelBatchSampler(Sampler[list[int]]):
         num_training: int,
         num_validation: int,
         training_batch_size: int,
-        validation_batch_size: int,
+        validation_rows_per_step: int,
         seed: int,
+        accumulation: int = 1,
         rank: int = 0,
         num_ranks: int = 1,
         drop_last: bool = False,
@@ -170,8 +175,8 @@ class BilevelBatchSampler(Sampler[list[int]]):
     ):
         self.num_training, self.num_validation = num_training, num_validation
         self.training_batch_size = training_batch_size
-        self.validation_batch_size = validation_batch_size if num_validation else 0
-        self.seed, self.epoch = seed, 0
+        self.validation_rows_per_step = validation_rows_per_step if num_validation else 0
+        self.seed, self.epoch, self.accumulation = seed, 0, accumulation
         self.rank, self.num_ranks = rank, num_ranks
         self._order = EndlessPermutations(num_validation, seed)
         self.drop_last, self._visits = drop_last, visits
@@ -183,7 +188,8 @@ class BilevelBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         num_full, num_left = divmod(self.num_training, self.training_batch_size * self.num_ranks)
         # Every rank needs a row in the last step, or its batch would be empty and the others would wait for it.
-        keep_last = num_left >= (1 if self.validation_batch_size else self.num_ranks) and not self.drop_last
+        always_some = self.validation_rows_per_step >= self.accumulation * self.num_ranks
+        keep_last = num_left >= (1 if always_some else self.num_ranks) and not self.drop_last
         return num_full + keep_last
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -196,12 +202,21 @@ class BilevelBatchSampler(Sampler[list[int]]):
             if present is not None and present is not visits:
                 visits, order = present, drawn_rows(present, self.seed, epoch)[places]
             rows = order[step * stride : (step + 1) * stride].tensor_split(self.num_ranks)[self.rank]
-            yield rows.tolist() + self._validation_places(epoch * len(self) + step)
+            yield rows.tolist() + self._validation_places(epoch, step)
 
-    def _validation_places(self, global_step: int) -> list[int]:
-        """Rows of the endless sequence of permutations of the validation dataset that this rank takes in this step."""
-        first = (global_step * self.num_ranks + self.rank) * self.validation_batch_size
-        return [self.num_training + place for place in self._order.places(first, self.validation_batch_size)]
+    def _validation_places(self, epoch: int, micro_batch: int) -> list[int]:
+        """What this rank takes of the endless sequence of permutations of the validation dataset.
+
+        The rows of an optimizer step follow each other, and are dealt to its micro-batches in turn, those of all ranks.
+        An epoch ends with a step, which may have fewer micro-batches than the others.
+        """
+        step, place = divmod(micro_batch, self.accumulation)
+        step += epoch * math.ceil(len(self) / self.accumulation)
+        num_rows, num_parts = self.validation_rows_per_step, self.accumulation * self.num_ranks
+        part = place * self.num_ranks + self.rank
+        first, end = (-(-k * num_rows // num_parts) for k in (part, part + 1))
+        places = self._order.places(step * num_rows + first, end - first)
+        return [self.num_training + place for place in places]
 
 
 def make_stream(
@@ -210,7 +225,7 @@ def make_stream(
     args: TrainingArguments,
     *,
     training_batch_size: int,
-    validation_batch_size: int,
+    validation_rows_per_step: int,
     visits: Callable[[], Tensor | None] = lambda: None,
 ) -> DataLoader[Any]:
     """The `MicroBatch`es of one rank.
@@ -218,7 +233,7 @@ def make_stream(
     Args:
         validation: None where the steps have no validation rows.
         args: for seed and ranks.
-        training_batch_size, validation_batch_size, visits: see `BilevelBatchSampler`.
+        training_batch_size, validation_rows_per_step, visits: see `BilevelBatchSampler`.
     """
     num_training, num_validation = len(training), 0 if validation is None else len(validation)
     ids = training.ids if validation is None else torch.cat([training.ids, validation.ids])
@@ -232,7 +247,8 @@ def make_stream(
         num_training=num_training,
         num_validation=num_validation,
         training_batch_size=training_batch_size,
-        validation_batch_size=validation_batch_size,
+        validation_rows_per_step=validation_rows_per_step,
+        accumulation=args.gradient_accumulation_steps,
         seed=args.seed if args.data_seed is None else args.data_seed,
         rank=args.process_index,
         num_ranks=args.world_size,

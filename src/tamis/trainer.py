@@ -184,7 +184,7 @@ class BilevelTrainer(RowEvaluation):
         )
         self.weighting.plan(self.num_steps())
         name = args.selector if selector is None else type(selector).__name__
-        self._identity = checkpoints.identify(args, self.resolved, self._fingerprints, name, args.world_size)
+        self._identity = checkpoints.identify(args, self.resolved, self._fingerprints, name)
 
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -216,7 +216,7 @@ class BilevelTrainer(RowEvaluation):
             self.batches.validation if self.args.trains_on_validation else None,
             self.args,
             training_batch_size=self._train_batch_size,
-            validation_batch_size=self.resolved.per_device_validation_batch_size,
+            validation_rows_per_step=self.resolved.validation_rows_per_step,
             visits=lambda: self.weighting.visits(),
         )
 

@@ -79,7 +79,7 @@ def test_what_is_trained_on_and_what_was_resolved(folder, capfd):
     assert example["place"] == "train.jsonl, row 0 (line 1)" and example["parts"][-1] == [True, "0 <eos>"]
     assert example["num_trained"] == 2 and example["num_tokens"] > 4  # with the chat template
     assert "learning_rate = 0.001 (as given)" in text
-    assert "rows of a step = 32 (8 training and 8 validation rows, times 2 micro-batches)" in text
+    assert "rows of a step = 32 (8 training rows, times 2 micro-batches, and 16 validation rows)" in text
     assert "steps = 7 (max_steps, as given)" in text and "rho = 0.25 (as given)" in text
     assert found["cost"]["num_steps"] == 7 and found["cost"]["seconds"] is None
     assert not found["cost"]["memory"]["is_measured"]

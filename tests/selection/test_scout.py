@@ -280,6 +280,8 @@ def test_a_scout_that_goes_nowhere_leaves_no_trace(bilevel, is_lora, settings):
     scouted.train()
     assert scouted.current_rho() == settings.get("rho", 0.5)
     assert not scouted.weighting.outcome.finding.calibration.is_believed
+    if "rho" not in settings:
+        common["per_device_validation_batch_size"] = 1  # six validation rows beside 24, in batches of four
     mixed = bilevel(*rows, selector="none", rho=settings.get("rho", 0.5), peft_config=peft_config(), **common)
     mixed.train()
     assert scouted.weighting.row_weights.all_weights().tolist() == [1.0] * 24 and p_right_of(scouted).isnan().all()
@@ -311,7 +313,8 @@ def test_too_few_validation_rows_weigh_all_rows_alike(bilevel, caplog, num_valid
     assert warnings[0].startswith(f"{num_validation} validation rows are too few") and "at least 4" in warnings[0]
     assert trainer.weighting.row_weights.all_weights().tolist() == [1.0] * 24
     assert p_right_of(trainer).isnan().all() and trainer.current_rho() == 0.5
-    mixed = bilevel(WRONG + RIGHT, TRUSTED[:num_validation], max_steps=3, selector="none", rho=0.5)
+    settings = {"selector": "none", "rho": 0.5, "per_device_validation_batch_size": 1}
+    mixed = bilevel(WRONG + RIGHT, TRUSTED[:num_validation], max_steps=3, **settings)
     mixed.train()
     assert_close(parameters(trainer.model), parameters(mixed.model), atol=0)
 

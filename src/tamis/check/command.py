@@ -180,17 +180,16 @@ def _settings(trainer: BilevelTrainer, args: BilevelConfig) -> list[str]:
         return "as given" if name in args.given_settings else "default"
 
     num_training = args.per_device_train_batch_size
-    num_validation = resolved.per_device_validation_batch_size if args.trains_on_validation else 0
-    if trainer.validation_dataset is None:
-        num_validation = 0
+    trains_on_validation = args.trains_on_validation and trainer.validation_dataset is not None
+    num_validation = resolved.validation_rows_per_step if trains_on_validation else 0
     several = {"micro-batches": args.gradient_accumulation_steps, "processes": args.world_size}
     listed = "".join(f", times {number} {name}" for name, number in several.items() if number > 1)
-    num_steps, times = trainer.num_steps(), args.gradient_accumulation_steps * args.world_size
+    num_steps, times = trainer.num_steps(), args.micro_batches_per_step
     why = "max_steps, as given" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs of {num_rows:,} rows"
     lines = [
         f"learning_rate = {args.learning_rate:g} ({origin('learning_rate')})",
-        f"rows of a step = {(num_training + num_validation) * times} ({num_training} training and {num_validation} "
-        f"validation rows{listed})",
+        f"rows of a step = {num_training * times + num_validation} ({num_training} training rows{listed}, and "
+        f"{num_validation} validation rows)",
         f"steps = {num_steps} ({why})",
         f"max_length = {args.max_length} ({origin('max_length')})",
     ]

@@ -5,6 +5,7 @@ rows measured. Times of a step are scaled by its tokens with their padding, whic
 written.
 """
 
+import math
 import resource
 import sys
 import time
@@ -143,7 +144,8 @@ def _longest_step(trainer: BilevelTrainer) -> None:
         return [dataset[int(place)]["example_id"] for place in order]
 
     ids = longest(trainer.train_dataset, trainer.args.per_device_train_batch_size)
-    others = [] if validation is None else longest(validation, trainer.resolved.per_device_validation_batch_size)
+    num_validation = math.ceil(trainer.resolved.validation_rows_per_step / trainer.args.micro_batches_per_step)
+    others = [] if validation is None else longest(validation, num_validation)
     (batch,) = trainer.batches.collate([MicroBatch(ids, others)])
     batch.pop("rows")
     model = trainer.model_wrapped

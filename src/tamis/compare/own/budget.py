@@ -57,8 +57,7 @@ class Shape:
         tokens = rows_per_step(args) * _mean(np.concatenate(lengths))
         if sees_validation and args.trains_on_validation:
             resolved = args.resolve(num_training=len(rows.ids_K), num_validation=len(self.length_V))
-            size = resolved.per_device_validation_batch_size
-            tokens += size * args.gradient_accumulation_steps * args.world_size * _mean(self.length_V)
+            tokens += resolved.validation_rows_per_step * _mean(self.length_V)
         return tokens
 
 
@@ -116,6 +115,6 @@ def with_trusted_rows(args: BilevelConfig, num_training: int, num_validation: in
     return {"per_device_train_batch_size": size - num_trusted, "per_device_validation_batch_size": num_trusted}
 
 
-def rows_per_step(args: Any) -> int:
+def rows_per_step(args: BilevelConfig) -> int:
     """Training rows of an optimizer step over all ranks."""
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    return int(args.per_device_train_batch_size * args.micro_batches_per_step)
