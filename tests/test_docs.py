@@ -10,6 +10,7 @@ from trl import ModelConfig
 
 from tamis import BilevelConfig
 from tamis.check.arguments import CheckArguments
+from tamis.compare.own.arguments import CompareArguments
 from tamis.curation.select import SelectArguments
 from tamis.demo.run import DemoArguments
 from tamis.report.page import ReportArguments
@@ -87,6 +88,7 @@ def test_flags_are_fields_of_the_command_line(path):
         BilevelConfig,
         ModelConfig,
         CheckArguments,
+        CompareArguments,
         SelectArguments,
         DemoArguments,
         ReportArguments,
