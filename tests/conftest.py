@@ -134,8 +134,11 @@ def script(monkeypatch):
 
 @pytest.fixture(scope="session")
 def talkative_model(tmp_path_factory) -> str:
+    return save_talkative_model(tmp_path_factory.mktemp("talkative_model"))
+
+
+def save_talkative_model(path: Path) -> str:
     """The tiny model with a head that is not flat; letters close its completions, so that most of them end."""
-    path = tmp_path_factory.mktemp("talkative_model")
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)
     model.lm_head.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))

@@ -34,9 +34,10 @@ def identity(tmp_path, rows=ROWS, selector="mirror", num_ranks=1, **settings):
 
 
 def test_the_state_comes_back_bit_for_bit(tmp_path):
-    save_state(tmp_path, STATE, num_tokens=123, identity=identity(tmp_path))
-    state, num_tokens = load_state(tmp_path)
-    assert num_tokens == 123 and state.keys() == STATE.keys()
+    log = {"tr_loss": torch.tensor(1 / 3), "row_weights": torch.tensor([0.1], dtype=torch.float64)}
+    save_state(tmp_path, STATE, log, num_tokens=123, identity=identity(tmp_path))
+    state, saved_log, num_tokens = load_state(tmp_path)
+    assert num_tokens == 123 and state.keys() == STATE.keys() and saved_log == log
     for name, tensor in STATE.items():
         assert state[name].dtype == tensor.dtype
         assert torch.equal(state[name].nan_to_num(7), tensor.nan_to_num(7)), name
@@ -63,7 +64,7 @@ def test_the_state_comes_back_bit_for_bit(tmp_path):
     ],
 )
 def test_a_changed_meaning_is_refused_with_what_differs(tmp_path, change, difference):
-    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
+    save_state(tmp_path, STATE, {}, num_tokens=0, identity=identity(tmp_path))
     with pytest.raises(ValueError, match=re.escape(difference)):
         refuse_foreign(tmp_path, identity(tmp_path, **change))
 
@@ -80,7 +81,7 @@ def test_a_changed_meaning_is_refused_with_what_differs(tmp_path, change, differ
     ],
 )
 def test_what_a_scout_was_is_part_of_the_meaning(tmp_path, change, difference):
-    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path, selector="scout"))
+    save_state(tmp_path, STATE, {}, num_tokens=0, identity=identity(tmp_path, selector="scout"))
     with pytest.raises(ValueError, match=re.escape(difference)):
         refuse_foreign(tmp_path, identity(tmp_path, **{"selector": "scout"} | change))
 
@@ -99,7 +100,7 @@ def test_what_a_scout_was_is_part_of_the_meaning(tmp_path, change, difference):
     ],
 )
 def test_a_harmless_change_is_announced(tmp_path, caplog, change, announced):
-    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
+    save_state(tmp_path, STATE, {}, num_tokens=0, identity=identity(tmp_path))
     with caplog.at_level(logging.INFO, logger="tamis"):
         refuse_foreign(tmp_path, identity(tmp_path, **change))
     assert len(caplog.messages) == len(announced)
@@ -122,7 +123,7 @@ def test_checkpoints_of_other_makers_are_refused(tmp_path):
 
 
 def test_nothing_is_pickled(tmp_path):
-    save_state(tmp_path, STATE, num_tokens=0, identity=identity(tmp_path))
+    save_state(tmp_path, STATE, {}, num_tokens=0, identity=identity(tmp_path))
     with safe_open(tmp_path / STATE_FILE, "pt") as state:
         assert json.loads(state.metadata()["meaning"])["train_dataset"] == "abc"
         assert "refiner.token_ids" in state.keys()  # noqa: SIM118

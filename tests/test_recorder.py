@@ -53,14 +53,14 @@ def test_metrics_are_strict_json(tmp_path):
 
 def test_rewind_cuts_to_the_step_of_the_checkpoint(tmp_path):
     recorder, path = Recorder(tmp_path), tmp_path / "metrics.jsonl"
-    recorder.rewind(3)
-    for step in (1, 2, 2, 3):
+    recorder.rewind(3, 1)
+    for step in (1, 2, 2, 2, 3):
         recorder.log({"step": step})
     path.write_text(path.read_text() + '{"step": 4, "lo')
-    recorder.rewind(2)
+    recorder.rewind(2, 2)
     assert [line["step"] for line in read_jsonl(path)] == [1, 2, 2]
-    recorder.rewind(0)
-    assert path.read_text() == ""
+    recorder.rewind(2, 0)
+    assert [line["step"] for line in read_jsonl(path)] == [1]
 
 
 def test_weights_name_every_row_of_the_user(bilevel, tmp_path):

@@ -22,6 +22,7 @@ from tamis.files import write_atomically
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "tamis.safetensors"
+_LOG = "log."
 # Settings of ours that a resumed run may change: they do not enter what has been learned.
 _CHANGEABLE = (
     "refine_on_error", "generation_batch_size", "generator", "vllm_mode", "vllm_server_base_url",
@@ -76,23 +77,31 @@ def identify(args: BilevelConfig, resolved: Resolved, fingerprints: dict[str, st
     return RunIdentity(*json.loads(json.dumps([meaning, left | others])))
 
 
-def save_state(checkpoint: str | Path, state: dict[str, Tensor], num_tokens: int, identity: RunIdentity) -> None:
-    """Write the state of the weighting.
+def save_state(
+    checkpoint: str | Path, state: dict[str, Tensor], log: dict[str, Tensor], num_tokens: int, identity: RunIdentity
+) -> None:
+    """Write the state of the weighting, and of the log.
 
     Args:
+        log: what the next line of `metrics.jsonl` will be made of.
         num_tokens: trained on so far.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in (state | _prefixed(log)).items()}
     tensors["num_tokens"] = torch.tensor(num_tokens)
     metadata = {"meaning": json.dumps(identity.meaning), "given": json.dumps(identity.given)}
     write_atomically(Path(checkpoint) / STATE_FILE, lambda path: save_file(tensors, path, metadata))
 
 
-def load_state(checkpoint: str | Path) -> tuple[dict[str, Tensor], int]:
-    """The state of the weighting, and the number of tokens trained on."""
+def load_state(checkpoint: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """The state of the weighting and of the log, and the number of tokens trained on."""
     state = load_file(Path(checkpoint) / STATE_FILE)
     num_tokens = int(state.pop("num_tokens"))
-    return state, num_tokens
+    log = {name.removeprefix(_LOG): state.pop(name) for name in list(state) if name.startswith(_LOG)}
+    return state, log, num_tokens
+
+
+def _prefixed(log: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{_LOG}{name}": tensor for name, tensor in log.items()}
 
 
 def refuse_foreign(checkpoint: str | Path, identity: RunIdentity) -> None:

@@ -71,9 +71,9 @@ def _run_train(options: list[str], terminal: ExitStack, stop: StopSignals) -> in
     if (settings := _settings("train", options, terminal)) is None:
         return 0
     data, args, model_args = settings
-    # The summary tells what the run has changed: by the model as it was, unless the run goes on from a later one.
+    # The summary tells what the run has changed: by the model as it was.
     has_held_out = data.eval_dataset is not None
-    args.eval_on_start = args.eval_on_start or (has_held_out and not args.resume_from_checkpoint)
+    args.eval_on_start = args.eval_on_start or has_held_out
     train(data, args, model_args, stop=stop, shows_row=True)
     if args.process_index == 0:
         print(format_summary(summarize(str(args.output_dir), has_held_out=has_held_out)))

@@ -13,13 +13,14 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-from tamis.files import write_atomically
+from tamis.files import remove_temporaries, write_atomically
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".tamis.lock"
 CONFIG_FILES = ("config.yaml", "tamis_config.yaml")  # the second where the first is the user's
 CARD_FILES = ("README.md", "MODEL_CARD.md")
+_KEPT_CARD = ".README.md.kept"  # the user's, while a library writes its own
 EXAMPLE = "inference_example.py"
 _RUN_FILES = (
     "metrics.jsonl", "refinements.parquet", "weights.parquet", "skipped_rows.jsonl", "scout.json",
@@ -45,6 +46,8 @@ _held: dict[Path, int] = {}
 def claimed(output_dir: str | Path) -> Iterator[None]:
     """Within it no other process may claim the directory, which is made if needed; the kernel ends it with the process.
 
+    What a process that was killed has left in the middle of a write is cleared away.
+
     Raises:
         ValueError: another process writes there.
     """
@@ -55,11 +58,19 @@ def claimed(output_dir: str | Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _held[path] = file = _lock(path)
     try:
+        _clear_away(path.parent)
         yield
     finally:
         del _held[path]
         path.unlink(missing_ok=True)
         os.close(file)
+
+
+def _clear_away(folder: Path) -> None:
+    for written in (folder, *folder.glob("checkpoint-*/")):
+        remove_temporaries(written)
+    if (kept := folder / _KEPT_CARD).is_file():
+        os.replace(kept, folder / CARD_FILES[0])
 
 
 def refuse_busy(output_dir: str | Path) -> None:
@@ -149,6 +160,11 @@ def finished_step(output_dir: str | Path) -> int | None:
     return _run_info(config_path(output_dir)).get("finished_step")
 
 
+def was_cut_short(output_dir: str | Path) -> bool:
+    """Whether a run of tamis has begun there and did not come to its end."""
+    return "finished_step" not in (_run_info(config_path(output_dir)) or {"finished_step": None})
+
+
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`, as far as they are whole; none where there is no such file."""
     path, records = Path(output_dir) / "metrics.jsonl", list[dict[str, Any]]()
@@ -181,7 +197,7 @@ def users_card_kept(output_dir: str | Path) -> Iterator[None]:
     if not card.is_file() or _is_our_card(card):
         yield
         return
-    aside = card.with_name(".README.md.kept")
+    aside = card.with_name(_KEPT_CARD)
     os.replace(card, aside)
     try:
         yield

@@ -12,10 +12,11 @@
 | `scout.safetensors`    | what scores new responses (`tamis.selection.scout`); runs with refining only                |
 
 Files are written under a temporary name and renamed, so that a reader never meets half of one. `metrics.jsonl` is the
-exception: it grows by whole lines and is cut back to the step of the checkpoint on resume.
+exception: it grows by whole lines and is cut back to the checkpoint on resume.
 """
 
 import json
+import logging
 import math
 import shutil
 import subprocess
@@ -32,9 +33,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
 
 from tamis.files import write_atomically
-from tamis.output_dir import config_path, write_config
+from tamis.output_dir import config_path, was_cut_short, write_config
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
 SCOUT_REPORT, SCOUT_SCORES = "scout.json", "scout_scores.parquet"
@@ -105,8 +109,13 @@ class Recorder:
         with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(_as_json(record)) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Drop what was logged after ``step`` (0: all of it) and responses from it on: those steps run again."""
+    def rewind(self, step: int, num_records: int) -> None:
+        """Drop what was logged after a checkpoint, and responses from its step on: those steps run again.
+
+        Args:
+            step: of the checkpoint.
+            num_records: of this step, when it was written. What follows is the end of a run that was to end here.
+        """
         refinements = self.output_dir / "refinements.parquet"
         if refinements.exists():
             table = pq.read_table(refinements)
@@ -121,13 +130,10 @@ class Recorder:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the line that a kill cut short
                 break
-            if record["step"] > step:
+            num_records -= record["step"] == step
+            if record["step"] > step or num_records < 0:
                 break
-            if "train_runtime" in record:  # the summary of a run that was to end here
-                continue
             kept.append(line + "\n")
-        if step == 0:
-            kept = []
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
     def write_scout(self, found: dict[str, Any], scores: dict[str, Any]) -> None:
@@ -210,40 +216,49 @@ def as_text(content: Any) -> str:
     return content if isinstance(content, str) else str(content[-1]["content"]) if content else ""
 
 
-def find_checkpoint(output_dir: str | Path, resume: str | bool) -> str:
+def find_checkpoint(output_dir: str | Path, resume: str | bool) -> str | None:
     """The folder that `resume_from_checkpoint` means: the one that it names, or the newest complete one of the run.
+
+    None where the last of a run is meant that was cut short before it had written one: it goes on from its beginning.
 
     Raises:
         ValueError: there is none.
     """
     if resume in (True, *LAST):
-        return last_complete_checkpoint(output_dir)
+        found = last_complete_checkpoint(output_dir)
+        if found is None and not was_cut_short(output_dir):
+            raise ValueError(
+                f"{output_dir} holds no complete checkpoint to resume from: leave `resume_from_checkpoint` out, and "
+                "set `overwrite_output_dir=True` if there is a run without one"
+            )
+        return found
     if not Path(str(resume)).is_dir():
         raise ValueError(f"{resume}: no such folder. Give a checkpoint, or 'last', to `resume_from_checkpoint`")
     return str(resume)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """The newest ``checkpoint-*`` folder of a run that was written to its end.
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest ``checkpoint-*`` folder of a run that was written to its end; those that were not are warned of.
 
     `transformers` writes ``trainer_state.json`` last, so a folder without a readable one was cut short by a kill.
-
-    Raises:
-        ValueError: there is none.
     """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            checkpoint_state(folder)
         except (OSError, json.JSONDecodeError):
+            logger.warning(f"{folder} was cut off while it was written: skipped")
             continue
         return str(folder)
-    raise ValueError(
-        f"{output_dir} holds no complete checkpoint to resume from: leave `resume_from_checkpoint` out, and set "
-        "`overwrite_output_dir=True` if there is a run without one"
-    )
+    return None
+
+
+def checkpoint_state(checkpoint: str | Path) -> dict[str, Any]:
+    """How far the run was when a checkpoint was written, see [`~transformers.TrainerState`]."""
+    state: dict[str, Any] = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return state
 
 
 def checkpoint_step(checkpoint: str | Path) -> int:
     """The optimizer step at which a checkpoint was written."""
-    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    return int(checkpoint_state(checkpoint)["global_step"])

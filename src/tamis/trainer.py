@@ -36,7 +36,8 @@ from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.output_dir import announce_users_files, claimed, refuse_earlier_run, remove_earlier_run, users_card_kept
 from tamis.prerequisites import refuse_unreachable
 from tamis.prompts import Prompts, check_template
-from tamis.recorder import Recorder, checkpoint_step, find_checkpoint, run_info
+from tamis.recorder import Recorder, checkpoint_state, find_checkpoint, run_info
+from tamis.resuming import ResumableTrainer
 from tamis.rows import attach_example_ids, fingerprint, row_name, row_table
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
@@ -46,7 +47,7 @@ from tamis.weighting import RowWeighting
 logger = logging.getLogger(__name__)
 
 
-class BilevelTrainer(RowEvaluation):
+class BilevelTrainer(RowEvaluation, ResumableTrainer):
     """Trains on doubtful rows under the guidance of trusted ones, and learns a weight for every doubtful row.
 
     >>> trainer = BilevelTrainer(
@@ -315,10 +316,12 @@ class BilevelTrainer(RowEvaluation):
             ValueError: see `checkpoint_to_resume`; or `output_dir` is in use, or holds a run that would be overwritten.
         """
         with claimed(self._output_dir) if self.recorder else nullcontext():
-            return self._train(self.checkpoint_to_resume(resume_from_checkpoint), trial, ignore_keys_for_eval)
+            checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+            replaces = self.args.overwrite_output_dir or (bool(resume_from_checkpoint) and not checkpoint)
+            return self._train(checkpoint, replaces, trial, ignore_keys_for_eval)
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """The checkpoint that `train` would go on from.
+        """The checkpoint that `train` would go on from; None where it begins at the first step.
 
         Raises:
             ValueError: there is none, or it belongs to a run that means something else.
@@ -326,32 +329,32 @@ class BilevelTrainer(RowEvaluation):
         if not resume_from_checkpoint:
             return None
         checkpoint = find_checkpoint(self._output_dir, resume_from_checkpoint)
-        checkpoints.refuse_foreign(checkpoint, self._identity)
+        if checkpoint is not None:
+            checkpoints.refuse_foreign(checkpoint, self._identity)
         return checkpoint
 
-    def _train(self, resume: str | None, *others: Any) -> TrainOutput:
+    def _train(self, resume: str | None, replaces: bool, *others: Any) -> TrainOutput:
         announcements = [*self.resolved.announcements, *self.weighting.announcements]
         for line in announcements:
             logger.info(line)
         if self.recorder:
             if not resume or Path(resume).resolve().parent != Path(self._output_dir).resolve():
-                (remove_earlier_run if self.args.overwrite_output_dir else refuse_earlier_run)(self._output_dir)
+                if not replaces:
+                    refuse_earlier_run(self._output_dir)
+                remove_earlier_run(self._output_dir)
             announce_users_files(self._output_dir)
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, announcements))
             self.recorder.write_skipped(self.skipped_rows)
-            self.recorder.rewind(checkpoint_step(resume) if resume else 0)
+            if resume:
+                state = checkpoint_state(resume)
+                step = state["global_step"]
+                self.recorder.rewind(step, sum(record["step"] == step for record in state["log_history"]))
         output = super().train(resume, *others)
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best and not self.args.save_only_model:
             self.weighting.load_state_dict(checkpoints.load_state(best)[0])  # the model is that of this checkpoint
         self._write_weights()
         return output
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -375,14 +378,15 @@ class BilevelTrainer(RowEvaluation):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        log = self.log_state()
         if self.args.should_save:
             state = self.weighting.state_dict()
-            checkpoints.save_state(output_dir, state, self._total_train_tokens, self._identity)
+            checkpoints.save_state(output_dir, state, log, self._total_train_tokens, self._identity)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state, self._total_train_tokens = checkpoints.load_state(checkpoint)
+            state, self.resumed_log, self._total_train_tokens = checkpoints.load_state(checkpoint)
             self.weighting.load_state_dict(state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -1,0 +1,267 @@
+"""Real runs of `tamis train` that die: killed at any moment, or by a write that fails; and what they leave behind.
+
+Processes are forked from one that has imported everything: each is a run of the command, and starts in no time. Before
+libc each has loaded `failing_writes.c`, which records the writes below the output directory and can end the process
+half way through one. `benchmarks/kills.py` does this hundreds of times, `test_nothing_lost.py` a few times.
+"""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from conftest import read_jsonl, save_talkative_model, two_kinds, write_jsonl
+from safetensors.torch import load_file
+
+IMPORTED = (
+    "nothing_lost", "tamis.cli", "tamis.run", "tamis.summary", "tamis.train_parser", "tamis.terminal", "tamis.trainer",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "trl.trainer.sft_trainer",
+    "peft", "accelerate", "torch.distributed.tensor",
+)  # fmt: skip
+SIGKILL = -1  # in place of an errno
+RESUME = ("--resume_from_checkpoint", "last")
+# What the clock says, and the loss that `transformers` takes the mean of since the process began.
+_OF_THE_CLOCK = re.compile("runtime|per_second|seconds|^train_loss$|^total_flos$")
+_TEMPORARY = re.compile(r"\.(.+)\.\w{8}\.tmp$|\.tmp\w{6}$")
+
+OPTIONS = (
+    "--per_device_train_batch_size", "4", "--use_cpu", "--bf16", "false", "--report_to", "none",
+    "--learning_rate", "1e-2", "--max_steps", "12", "--scout_epochs", "4", "--logging_steps", "2",
+    "--eval_strategy", "steps", "--eval_steps", "6", "--save_strategy", "steps", "--save_steps", "3",
+    "--save_total_limit", "2",
+)  # fmt: skip
+SCENARIOS = {
+    "offline": (),
+    "LoRA, dropout": ("--use_peft", "--lora_dropout", "0.3", "--lora_target_modules", "q_proj", "v_proj"),
+    "refining": (
+        "--refine_fraction", "0.5", "--refine_start", "0.2", "--refine_every", "4", "--num_generations", "2",
+        "--max_new_tokens", "4",
+    ),
+}  # fmt: skip
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def forks(folder: Path) -> Iterator[Any]:
+    """What makes processes of the command; `folder` gets the library that watches their writes."""
+    library = folder / "failing_writes.so"
+    source = Path(__file__).with_name("failing_writes.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    before = dict(os.environ)
+    os.environ |= {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(IMPORTED))
+        first = context.Process(target=int)
+        first.start()
+        first.join()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    yield context
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a process is to die.
+
+    Attributes:
+        at: the number of a write, from 1.
+        how: an errno with which it fails; `SIGKILL` kills half way through it.
+        after_s: kill only so many seconds after this write, from outside; None: at the write itself.
+    """
+
+    at: int = 0
+    how: int = 0
+    after_s: float | None = None
+
+
+NEVER = Death()
+
+
+def _live(arguments: list[str], output_dir: str, said: str, record: str, death: Death) -> None:
+    """The process: `tamis` with these arguments, its output in a file."""
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    how = death.how if death.after_s is None else 0
+    ctypes.CDLL(None).watch_writes(output_dir.encode(), record.encode(), death.at, how)
+    from tamis.cli import main
+
+    sys.exit(main(arguments))
+
+
+@dataclass(frozen=True)
+class Write:
+    """One that was recorded: ``mkdir``, ``open``, ``write`` or ``rename`` of a file of the run.
+
+    Attributes:
+        at_s: seconds of the machine's clock.
+        name: of the file, where it is a temporary one, that which it becomes.
+    """
+
+    at_s: float
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Life:
+    """What became of a process: its exit code, what it said, what it wrote."""
+
+    exit_code: int
+    said: str
+    writes: list[Write]
+
+
+class Runs:
+    """Runs of one scenario in a folder of their own, all with the same rows and the same model."""
+
+    def __init__(self, context: Any, folder: Path, *options: str):
+        self.context, self.folder = context, folder
+        right, wrong, trusted = two_kinds("xy")
+        files = {"train_dataset": [*right, *wrong], "validation_dataset": trusted, "eval_dataset": right[:3]}
+        folder.mkdir(parents=True)
+        self.options = ["--model_name_or_path", save_talkative_model(folder / "model"), *OPTIONS, *options]
+        for name, rows in files.items():
+            self.options += [f"--{name}", write_jsonl(folder / f"{name}.jsonl", rows)]
+
+    def live(self, name: str, *extra: str, death: Death = NEVER, command: str = "train") -> Life:
+        """One process that works on the run of this name."""
+        run, said, record = self.folder / name, self.folder / f"{name}.said", self.folder / f"{name}.writes"
+        record.unlink(missing_ok=True)
+        arguments = [command, *self.options, "--output_dir", str(run), *extra]
+        process = self.context.Process(target=_live, args=(arguments, str(run), str(said), str(record), death))
+        process.start()
+        if death.after_s is not None:
+            while process.is_alive() and len(_recorded(record)) < death.at:
+                time.sleep(0.001)
+            process.join(death.after_s)
+            process.kill()
+        process.join()
+        writes = [Write(float(at), kind, _named(path)) for at, kind, path in map(str.split, _recorded(record))]
+        return Life(process.exitcode, said.read_text(encoding="utf-8") if said.exists() else "", writes)
+
+    def resume(self, name: str, death: Death = NEVER) -> Life:
+        """One more process, started as a user would: to go on, or, where the run had not begun, anew."""
+        has_begun = any((self.folder / name / file).exists() for file in ("config.yaml", "metrics.jsonl"))
+        return self.live(name, *(RESUME if has_begun else ()), death=death)
+
+    @cached_property
+    def whole(self) -> Life:
+        """The undisturbed run, in the folder `whole`."""
+        life = self.live("whole")
+        assert life.exit_code == 0, life.said
+        return life
+
+    def differences(self, name: str) -> list[str]:
+        """In what a run that has ended is not the undisturbed one."""
+        assert self.whole
+        first, second = (_contents(self.folder / run) for run in ("whole", name))
+        found = [f"{file}: only in {'whole' if file in first else name}" for file in first.keys() ^ second.keys()]
+        return found + [f"{file}: differs" for file in first.keys() & second.keys() if first[file] != second[file]]
+
+    def forget(self, name: str) -> None:
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _recorded(record: Path) -> list[str]:
+    text = record.read_text(encoding="utf-8") if record.exists() else ""
+    return text.splitlines()[: text.count("\n")]
+
+
+def _named(path: str) -> str:
+    """A temporary file by the name that it will have; a checkpoint without its step."""
+    folder, _, name = path.rpartition("/")
+    if temporary := _TEMPORARY.search(name):
+        name = temporary[1] or "*.safetensors"
+    folder = re.sub(r"^checkpoint-\d+", "checkpoint", folder)
+    return f"{folder}/{name}" if folder else re.sub(r"^checkpoint-\d+$", "checkpoint", name)
+
+
+# --- deaths -----------------------------------------------------------------------------------------------------------
+
+Aim = Callable[[Write], bool]
+AIMS: dict[str, Aim] = {
+    "a checkpoint": lambda write: write.name.startswith("checkpoint"),
+    "weights": lambda write: write.name == "weights.parquet",
+    "any file": lambda write: True,
+}
+
+
+def any_moment(writes: list[Write], dice: random.Random) -> Death:
+    """A kill at any time from the first write of such a run to its last."""
+    moment = dice.uniform(writes[0].at_s, writes[-1].at_s)
+    at = sum(write.at_s <= moment for write in writes)
+    return Death(at, SIGKILL, moment - writes[at - 1].at_s)
+
+
+def while_scouting(writes: list[Write], dice: random.Random) -> Death:
+    """A kill between the first line of the run and what its scout has found."""
+    last = next(i for i, write in enumerate(writes) if write.name == "scout_scores.parquet")
+    first = next(i for i, write in enumerate(writes) if write.kind == "rename") + 1
+    return (
+        any_moment(writes[first - 1 : last], dice)
+        if last > first
+        else Death(first, SIGKILL, dice.uniform(0, writes[last].at_s - writes[first - 1].at_s))
+    )
+
+
+def within_a_write(writes: list[Write], dice: random.Random, aim: Aim) -> Death:
+    """A kill half way through a write, of those that `aim` takes."""
+    return Death(dice.choice([i for i, write in enumerate(writes, 1) if aim(write)]), SIGKILL)
+
+
+# --- what a run has left ----------------------------------------------------------------------------------------------
+
+
+def _contents(run: Path) -> dict[str, Any]:
+    """Every file of a run, in a form in which it can be compared; what depends on the clock is left out."""
+    return {str(path.relative_to(run)): _content(path) for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def _content(path: Path) -> Any:
+    if path.name == "metrics.jsonl":
+        return [_without_clock(line) for line in read_jsonl(path)]
+    if path.name == "trainer_state.json":
+        state = json.loads(path.read_text(encoding="utf-8"))
+        state["log_history"] = [_without_clock(line) for line in state["log_history"]]
+        return {name: value for name, value in state.items() if name not in ("total_flos", "stateful_callbacks")}
+    if path.suffix == ".parquet":
+        return str(pq.read_table(path).to_pydict())  # as text: NaN is not NaN
+    if path.suffix == ".safetensors":
+        return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+    if path.suffix in (".pt", ".pth"):
+        return str(_plain(torch.load(path, weights_only=False)))
+    if path.name == "training_args.bin" or path.suffix in (".md", ".yaml"):
+        return None  # they name the folder and the day
+    return path.read_bytes()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _without_clock(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if not _OF_THE_CLOCK.search(name)}
