@@ -94,7 +94,7 @@ def test_flags_are_fields_of_the_command_line(path):
         ReportArguments,
     )
     known = {field.name for dataclass in dataclasses for field in fields(dataclass)}
-    known |= {"config", "help", "help_all", "version"}
+    known |= {"config", "help", "help_all", "no_measure", "version"}
     assert not set(_FLAG.findall(_BENCHMARK.sub("", text))) - known
 
 
