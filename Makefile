@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 	$(BIN)/tamis demo --output_dir demo
 
 test: lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n logical tests
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
