@@ -19,9 +19,10 @@ import numpy as np
 from tamis.compare.table import best_variants
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 
 from suite_summary import MIN_GAP, describe, group_cells  # noqa: E402
+from tables_of_costs import COSTS, as_table  # noqa: E402
 
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "samples")))
 BOLD = ("tamis", "tamis, refining")
@@ -32,12 +33,6 @@ ESTIMATES = {
     "scouting": "scouting alone: SCAN and CLINC150",
     "hypercleaning": "MNIST",
 }
-
-
-def _table(columns: str, lines: list[list[str]]) -> str:
-    """A table, of the names of its columns, as Markdown divides them, and the cells of each line."""
-    head = f"| {columns} |\n{'|---' * (columns.count(' | ') + 1)}|\n"
-    return head + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _groups(rows: list[dict[str, Any]], *names: str) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
@@ -61,7 +56,7 @@ def demo_table(rows: list[dict[str, Any]]) -> str:
         if row["method"] in BOLD:
             name, values = f"**{name}**", [f"**{value}**" if value else "" for value in values]
         lines.append([name, *values, str(round(row["seconds"]))])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def shares_table(results: dict[str, Any]) -> str:
@@ -82,7 +77,7 @@ def shares_table(results: dict[str, Any]) -> str:
         cells = [f"{wrong:.0%}", *(f"{value:.3f}" for value in best), closed, share, auroc, weight]
         cells[4] = f"**{cells[4]}**"
         lines.append(cells)
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def unlike_table(results: dict[str, Any]) -> str:
@@ -97,7 +92,7 @@ def unlike_table(results: dict[str, Any]) -> str:
             values = [f"{row['test_accuracy']:.3f}", f"{row['test_loss']:.3f}", f"{row['gap_closure']:.2f}", auroc]
             name = f"**{row['method']}**" if row["method"] in BOLD else row["method"]
             lines.append([f"{wrong:.0%}", name, *values])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def hypercleaning_table(results: dict[str, Any], metric: str, title: str) -> str:
@@ -113,7 +108,7 @@ def hypercleaning_table(results: dict[str, Any], metric: str, title: str) -> str
             cells.append(f"{_mean(values):.4f} ± {statistics.stdev(values):.4f}" if values else "")
         if any(cells):
             lines.append([f"**{method}**" if method in BOLD else f"`{method}`", *cells])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def sigmorphon_table(results: dict[str, Any]) -> str:
@@ -127,7 +122,7 @@ def sigmorphon_table(results: dict[str, Any]) -> str:
         cells = [f"{value:.3f}" for value in best] + [f"{tamis[n]:.2f}" for n in ("gap_closure", "gap_closure_loss")]
         cells[4] = f"**{cells[4]}**"
         lines.append([str(seed), *cells, f"{tamis['selection_auroc']:.3f}"])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def refining_table(results: dict[str, Any]) -> str:
@@ -141,7 +136,7 @@ def refining_table(results: dict[str, Any]) -> str:
         cells = [f"{found[name]['test_accuracy']:.3f} / {found[name]['test_loss']:.3f}" for name in names]
         extra = [online[n] - offline[n] for n in ("gap_closure", "gap_closure_loss")]
         lines.append([f"`{scenario}`", str(seed), *cells, f"{extra[0]:.2f}, {extra[1]:.2f}"])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def ablations_table(results: dict[str, Any]) -> str:
@@ -154,7 +149,7 @@ def ablations_table(results: dict[str, Any]) -> str:
         cells = [f"{_mean(match):.3f} ({', '.join(f'{value:.3f}' for value in match)})"]
         cells += [f"{_mean([row['test_loss'] for row in rows]):.3f}", f"{_mean(right):.0%}" if right else ""]
         lines.append([f"`{group}`", variant, *cells])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def scouting_table(results: dict[str, Any]) -> str:
@@ -168,7 +163,7 @@ def scouting_table(results: dict[str, Any]) -> str:
             *(", ".join(f"{row[name]:.0%}" for row in rows) for name in ("share_kept", "wrong_among_kept")),
         ]
         lines.append([scenario, f"{steps:,}", *cells])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def llm_scouting_table(results: dict[str, Any]) -> str:
@@ -182,7 +177,7 @@ def llm_scouting_table(results: dict[str, Any]) -> str:
             cells = [f"`{row['dataset']}`", f"{row['belief']:.2f}", f"{row['auroc']:.3f}", expected]
             cells += [f"{row[name]:.3f}" for name in ("auroc_of_scores", "auroc_of_base_loss", "auroc_of_length")]
             lines.append([*cells, share])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def llm_losses_table(results: dict[str, Any]) -> str:
@@ -198,7 +193,7 @@ def llm_losses_table(results: dict[str, Any]) -> str:
         cells[-1] = f"**{cells[-1]}**"
         difference = f"{found['tamis']['difference']:+.3f} ± {found['tamis']['difference_error']:.3f}"
         lines.append([f"`{dataset}`", *cells, difference])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def llm_samples(results: dict[str, Any]) -> str:
@@ -223,7 +218,7 @@ def deployed_table(results: dict[str, Any]) -> str:
         [f"`{row['scenario']}`", f"{row['match_of_the_run']:.3f}", f"{row['match_of_the_card']:.3f}"]
         for row in results["rows"]
     ]
-    return _table("rows and model | match that the run prints | match of the card's snippet", lines)
+    return as_table("rows and model | match that the run prints | match of the card's snippet", lines)
 
 
 def suite_table(results: dict[str, Any]) -> str:
@@ -242,7 +237,7 @@ def suite_table(results: dict[str, Any]) -> str:
         pairs = [f"{pair[0]:.2f} ({pair[1]:.2f})" if pair else "" for pair in (shares, aurocs)]
         name = describe(cell.key).replace(" wrong", "", 1).replace("trusted rows: ", "")
         lines.append([name, str(len(cell.tamis)), *means, closed, *pairs])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def suite_rivals_table(results: dict[str, Any]) -> str:
@@ -257,7 +252,7 @@ def suite_rivals_table(results: dict[str, Any]) -> str:
         shown = f"**{name}**" if name == "tamis" else name
         figures = [f"{function(closures[name]):.2f}" for function in (statistics.median, _mean, min)]
         lines.append([shown, *figures, f"{_mean(known):.3f}" if known else ""])
-    return _table("method | gap closed, median | mean | lowest | AUROC, mean", lines)
+    return as_table("method | gap closed, median | mean | lowest | AUROC, mean", lines)
 
 
 def estimates_table() -> str:
@@ -276,39 +271,7 @@ def estimates_table() -> str:
         lines.append(cells)
     errors = _truth_and_error(shares)[1], _truth_and_error(aurocs)[1]
     lines.append(["**all**", str(len(shares)), str(len(aurocs)), "", f"**{errors[0]}**", "", f"**{errors[1]}**"])
-    return _table(columns, lines)
-
-
-def select_size_table(results: dict[str, Any]) -> str:
-    """One line per kind of file of `benchmarks/select_size.py`."""
-    lines = [
-        [
-            f"`{row['file']}`",
-            f"`{row['options']}`" if row["options"] else "",
-            *_size(row["num_rows"], row["seconds"], row["peak_gb"]),
-        ]
-        for row in results["rows"]
-    ]
-    return _table("file | options | rows | seconds | peak memory, GiB", lines)
-
-
-def check_speed_table(results: dict[str, Any]) -> str:
-    """One line per kind of rows of `benchmarks/check_speed.py`."""
-    lines = [[f"`{row['rows']}`", *_size(row["num_rows"], row["total_s"], row["peak_gb"])] for row in results["rows"]]
-    return _table("rows | number | seconds | peak memory, GiB", lines)
-
-
-def report_size_table(results: dict[str, Any]) -> str:
-    """One line of `benchmarks/report_size.py`."""
-    lines = [
-        [f"{row['num_rows']:,}", f"{row['page_mb']:.1f}", f"{row['write_s']:.1f}", f"{row['view_s']:.1f}"]
-        for row in results["rows"]
-    ]
-    return _table("rows | page, MB | seconds to write | seconds to view", lines)
-
-
-def _size(num_rows: int, seconds: float, peak_gb: float) -> list[str]:
-    return [f"{num_rows:,}", f"{seconds:.0f}", f"{peak_gb * 1e9 / 2**30:.2f}"]
+    return as_table(columns, lines)
 
 
 def _known_auroc(row: dict[str, Any]) -> float | None:
@@ -332,7 +295,7 @@ def theory_solutions_table(results: dict[str, Any]) -> str:
         model = f"({row['theta_0']:.3f}, {row['theta_1']:.3f})"
         cells = [share, _small(row["validation_loss"]), _small(row["useful_loss"]), model]
         lines.append([row["method"], *cells])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def theory_not_separable_table(results: dict[str, Any]) -> str:
@@ -342,7 +305,7 @@ def theory_not_separable_table(results: dict[str, Any]) -> str:
     for row in _part(results, "not_separable"):
         cells = [row["problem"], row["method"], f"{row['theta_0'] + 0.0:.3f}", _small(row["validation_loss"])]
         lines.append(cells)
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def theory_posterior_table(results: dict[str, Any]) -> str:
@@ -358,7 +321,7 @@ def theory_posterior_table(results: dict[str, Any]) -> str:
             estimate, error = (_mean([row[n] for row in found]) for n in ("estimated_share_right", "posterior_error"))
             cells.append(f"{estimate:.3f} ({error:.3f})")
         lines.append([problem, *cells])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def theory_weights_table(results: dict[str, Any]) -> str:
@@ -370,7 +333,7 @@ def theory_weights_table(results: dict[str, Any]) -> str:
     for (mistakes, noise), same in _groups(rows, "problem", "noise"):
         found = {row["method"]: row["error"] for row in same}
         lines.append([mistakes, f"{noise:g}", *(f"{found[rule]:.2f}" for rule in rules)])
-    return _table(columns, lines)
+    return as_table(columns, lines)
 
 
 def _part(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -417,9 +380,7 @@ def fill(text: str) -> str:
             "deployed": deployed_table,
             "suite": suite_table,
             "suite.rivals": suite_rivals_table,
-            "select_size": select_size_table,
-            "check_speed": check_speed_table,
-            "report_size": report_size_table,
+            **COSTS,
             "llm.scouting": llm_scouting_table,
             "llm.losses": llm_losses_table,
             "llm_samples": llm_samples,

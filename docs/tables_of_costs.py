@@ -1,0 +1,91 @@
+"""Tables of time, memory and size, for `docs/tables.py`."""
+
+from collections.abc import Callable
+from typing import Any
+
+Results = dict[str, Any]
+
+
+def as_table(columns: str, lines: list[list[str]]) -> str:
+    """A table, of the names of its columns, as Markdown divides them, and the cells of each line."""
+    head = f"| {columns} |\n{'|---' * (columns.count(' | ') + 1)}|\n"
+    return head + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def select_size_table(results: Results) -> str:
+    """One line per kind of file of `benchmarks/select_size.py`."""
+    lines = [
+        [
+            f"`{row['file']}`",
+            f"`{row['options']}`" if row["options"] else "",
+            *_size(row["num_rows"], row["seconds"], row["peak_gb"]),
+        ]
+        for row in results["rows"]
+    ]
+    return as_table("file | options | rows | seconds | peak memory, GiB", lines)
+
+
+def check_speed_table(results: Results) -> str:
+    """One line per kind of rows of `benchmarks/check_speed.py`."""
+    lines = [[f"`{row['rows']}`", *_size(row["num_rows"], row["total_s"], row["peak_gb"])] for row in results["rows"]]
+    return as_table("rows | number | seconds | peak memory, GiB", lines)
+
+
+def report_size_table(results: Results) -> str:
+    """One line of `benchmarks/report_size.py`."""
+    lines = [
+        [f"{row['num_rows']:,}", f"{row['page_mb']:.1f}", f"{row['write_s']:.1f}", f"{row['view_s']:.1f}"]
+        for row in results["rows"]
+    ]
+    return as_table("rows | page, MB | seconds to write | seconds to view", lines)
+
+
+def newcomer_table(results: Results) -> str:
+    """The steps of `benchmarks/newcomer.py`."""
+    return as_table("step | seconds", [[f"`{row['step']}`", f"{row['seconds']:.0f}"] for row in results["rows"]])
+
+
+def selector_scale_table(results: Results) -> str:
+    """One line per number of rows of `benchmarks/selector_scale.py`."""
+    lines = [
+        [
+            f"{row['num_rows']:,}",
+            f"{row['update_us']:.0f}",
+            f"{row['bytes_per_row']:.1f}",
+            f"{row['mean_error']:.0e}",
+            f"{row['settle_s']:.2f}",
+            f"{row['visits_s']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    columns = "rows | update, µs | bytes a row | error of the mean weight | scout's weights, s | visits of an epoch, s"
+    return as_table(columns, lines)
+
+
+def speed_table(results: Results) -> str:
+    """One line per case of `benchmarks/speed.py`."""
+    lines = [
+        [
+            row["case"],
+            f"{1000 * row['tamis_s']:.0f}",
+            f"{1000 * row['sft_s']:.0f}",
+            f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+            f"{row['memory_ratio']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    return as_table("case | tamis, ms a step | `SFTTrainer` | ratio | memory, ratio", lines)
+
+
+def _size(num_rows: int, seconds: float, peak_gb: float) -> list[str]:
+    return [f"{num_rows:,}", f"{seconds:.0f}", f"{peak_gb * 1e9 / 2**30:.2f}"]
+
+
+COSTS: dict[str, Callable[[Results], str]] = {
+    "select_size": select_size_table,
+    "check_speed": check_speed_table,
+    "report_size": report_size_table,
+    "newcomer": newcomer_table,
+    "selector_scale": selector_scale_table,
+    "speed": speed_table,
+}
