@@ -370,6 +370,12 @@ def test_unknown_layout_and_columns(tmp_path):
     assert "name two columns" in message_of(lambda: load(path, prompt_column="q", response_column="q"))
 
 
+def test_a_column_with_a_line_break_in_its_name_is_named_on_one_line(tmp_path):
+    """Found by benchmarks/fuzz_readers.py."""
+    path = write(tmp_path / "a.jsonl", [{"q\nr": "a", "a": "b"}])
+    assert "the columns 'q\\nr', a." in message_of(lambda: load(path))
+
+
 # --- errors of rows ---
 
 

@@ -4,6 +4,7 @@ What belongs to a prompt stays in columns of its own: `tamis.prompts` joins them
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from tamis.rows import has_column
@@ -34,15 +35,20 @@ def choose_columns(
     """
     used = named or next((layout for layout in LAYOUTS if set(layout) <= set(found)), ())
     if not used:
-        unknown = f"no known layout fits the columns {', '.join(found)}"
+        unknown = f"no known layout fits the columns {_listed(found)}"
         raise ValueError(f"{name}: {unknown}. Name two by `prompt_column` and `response_column`.")
     for column in (*used, weight_column or used[0]):
         if not has_column(column, found):
-            raise ValueError(f'{name}: there is no column "{column}"; there is {", ".join(found)}.')
+            raise ValueError(f'{name}: there is no column "{column}"; there is {_listed(found)}.')
     if before and set(used) - set(before) - {"input"}:  # rows without an input may come first
-        change = f"the first rows have the columns {', '.join(before)}, later ones {', '.join(used)}"
+        change = f"the first rows have the columns {_listed(before)}, later ones {_listed(used)}"
         raise ValueError(f"{name}: {change}. Give all rows the same.")
     return used
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """On one line, whatever a file calls its columns."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in columns)
 
 
 def names_by_kind(used: tuple[str, ...], found: list[str], weight_column: str | None) -> dict[str, str]:
