@@ -1,7 +1,10 @@
 """The documents agree with the tree: lines that fit a screen, links and paths that exist, flags that are accepted."""
 
+import importlib
 import importlib.util
+import json
 import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,8 +16,10 @@ from tamis.check.arguments import CheckArguments
 from tamis.compare.own.arguments import CompareArguments
 from tamis.curation.select import SelectArguments
 from tamis.demo.run import DemoArguments
+from tamis.parser import StrictParser
 from tamis.report.page import ReportArguments
 from tamis.run import DataArguments
+from tamis.train_parser import make_train_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,6 +101,46 @@ def test_flags_are_fields_of_the_command_line(path):
     known = {field.name for dataclass in dataclasses for field in fields(dataclass)}
     known |= {"config", "help", "help_all", "no_measure", "version"}
     assert not set(_FLAG.findall(_BENCHMARK.sub("", text))) - known
+
+
+def parser_of(command: str) -> StrictParser:
+    """The real parser of a command of tamis."""
+    kinds = {"select": SelectArguments, "report": ReportArguments, "demo": DemoArguments}
+    return StrictParser((kinds[command],)) if command in kinds else make_train_parser(command)
+
+
+@documents
+def test_flags_of_a_command_are_its_own(path):
+    """In the middle of a sentence, where commands are not run (`test_snippets.py`): `tamis COMMAND ... --flag`."""
+    for command, rest in re.findall(r"`tamis (\w+)([^`]*)`", path.read_text(encoding="utf-8")):
+        flags = set(re.findall(r"(?<!\S)--\w+", rest)) - {"--config", "--help", "--help_all"}
+        assert not flags - set(parser_of(command)._option_string_actions), f"tamis {command}{rest}"
+
+
+@documents
+def test_packages_and_targets_that_are_named_exist(path):
+    text = path.read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name for found in re.findall(r"\.\[([\w,-]+)\]", text) for name in found.split(",")}
+    assert extras <= set(project["optional-dependencies"])
+    targets = re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)
+    assert all(f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8") for target in targets)
+
+
+def test_the_messages_of_troubleshooting_are_those_of_tamis():
+    text = " ".join((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split())
+    quoted = re.findall(r'"([^"]+)"', text)
+    joined = re.compile(r'"\s*\n\s*f?"')  # a message over several lines of code
+    sources = "\n".join(joined.sub("", file.read_text(encoding="utf-8")) for file in (ROOT / "src").rglob("*.py"))
+    assert quoted and all(message in sources for message in quoted)
+
+
+def test_a_newcomer_walks_the_quickstart_to_the_report(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    newcomer = importlib.import_module("newcomer")
+    steps = [" ".join(line.split()[:2]) for line in newcomer.commands(ROOT / "docs" / "index.md")]
+    timed = json.loads((ROOT / "benchmarks" / "results" / "newcomer.json").read_text(encoding="utf-8"))["rows"]
+    assert steps[1:] == [row["step"] for row in timed][2:-1]
 
 
 @documents

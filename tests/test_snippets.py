@@ -1,7 +1,6 @@
 """The commands and snippets of the documents run, on small files and a tiny model in place of the named one.
 
-docs/clean_data.md has tests of its own, docs/first_run.md is written by what it shows, and commands of benchmarks are
-held against their options in `test_docs.py`.
+docs/clean_data.md has tests of its own, and commands of benchmarks are held against their options in `test_docs.py`.
 """
 
 import json
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet as parquet
 import pytest
 import yaml
 from conftest import two_kinds, write_jsonl
@@ -44,9 +44,8 @@ def commands(page: str) -> list[list[str]]:
 def run(words: list[str]) -> None:
     """A command as it stands, but for the model, and cheaper."""
     assert words[0] == "tamis", words
-    given = {word.lstrip("-") for word in words}
-    cheap = {n: v for n, v in (CHEAP.get(words[1], {}) | ON_A_CPU).items() if n not in given}
-    extra = shlex.split(" ".join(f"--{name} {value}" for name, value in cheap.items())) if words[1] in CHEAP else []
+    cheap = CHEAP[words[1]] | ON_A_CPU if words[1] in CHEAP else {}  # later options win
+    extra = shlex.split(" ".join(f"--{name} {value}" for name, value in cheap.items()))
     assert main([*(word.replace(NAMED, "model") for word in words[1:]), *extra]) == 0, words
 
 
@@ -62,6 +61,11 @@ def folder(tmp_path, model_dir, monkeypatch):
     config = {"model_name_or_path": "model", "train_dataset": "train.jsonl", "validation_dataset": "validation.jsonl"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config | {"max_new_tokens": 4}))
     (tmp_path / "model").symlink_to(model_dir)
+    world = tmp_path / "demo" / "world"  # as `tamis demo` leaves it
+    world.mkdir(parents=True)
+    for name, file in {"train": "train", "validation": "validation", "eval": "held_out"}.items():
+        (world / f"{name}.jsonl").symlink_to(tmp_path / f"{file}.jsonl")
+    (world / "model").symlink_to(model_dir)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -80,6 +84,8 @@ def test_the_quickstart_and_what_troubleshooting_does_next(folder, monkeypatch):
     for words in commands("docs/index.md"):
         run(words)
     assert all((folder / name).is_file() for name in ("scores/report.html", "clean/train.jsonl", "run/report.html"))
+    described = re.findall(r"`(\w+)`", (ROOT / "docs/run_directory.md").read_text().split("## weights.parquet")[1])
+    assert set(parquet.read_schema("run/weights.parquet").names) <= set(described)
     (snippet,) = blocks("docs/index.md", "python")
     assert run_python(snippet, monkeypatch)["trainer"].state.global_step == 2
     for words in commands("docs/troubleshooting.md"):
@@ -92,6 +98,7 @@ def test_the_quickstart_and_what_troubleshooting_does_next(folder, monkeypatch):
         "README.md",
         "docs/compare.md",
         "docs/choosing.md",
+        "docs/first_run.md",
         "docs/formats.md",
         "docs/run_directory.md",
         "docs/refining.md",
@@ -122,5 +129,5 @@ def test_every_page_with_commands_is_run():
     with_commands = {
         f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if "```bash\ntamis" in path.read_text()
     }
-    known = {"index", "compare", "choosing", "formats", "run_directory", "refining", "troubleshooting"}
-    assert with_commands == {f"docs/{name}.md" for name in known | {"clean_data", "first_run"}}
+    known = {"index", "compare", "choosing", "first_run", "formats", "run_directory", "refining", "troubleshooting"}
+    assert with_commands == {f"docs/{name}.md" for name in known | {"clean_data"}}
