@@ -40,9 +40,7 @@ def main() -> None:
     text = document.read_text(encoding="utf-8")
     (command,) = re.findall(r"```bash\n(tamis [^`]*?demo/world[^`]*?)\n```", text)
     arguments = shlex.split(command.replace("\\\n", " "))
-    done = subprocess.run(
-        [str(PROGRAM), *arguments[1:]], check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-    )
+    done = subprocess.run([str(PROGRAM), *arguments[1:]], check=True, capture_output=True, encoding="utf-8")
     for name, printed in {"stdout": done.stdout, "stderr": done.stderr}.items():
         place = re.compile(rf"(<!-- {name} -->\n```\n).*?(\n```\n<!-- end -->)", re.DOTALL)
         text = place.sub(lambda match, printed=printed: match[1] + shortened(printed) + match[2], text)
