@@ -28,8 +28,11 @@ def gradient_cosine(trainer: BilevelTrainer) -> Tensor:
     """
     assert trainer.validation_dataset is not None, "the trainer has validation rows"
     target_P = _mean(row_gradients(trainer, trainer.validation_dataset))
-    gradients = row_gradients(trainer, trainer.train_dataset)
-    return torch.stack([cosine_similarity(gradient_P, target_P, dim=0).cpu() for gradient_P in gradients])
+    score_R = torch.zeros(len(trainer.train_dataset))
+    for i, gradient_P in enumerate(row_gradients(trainer, trainer.train_dataset)):
+        # Copied at once: a list of small tensors between the gradients keeps the memory of each from being used again.
+        score_R[i] = cosine_similarity(gradient_P, target_P, dim=0)
+    return score_R
 
 
 def less(trainer: BilevelTrainer) -> Tensor:
