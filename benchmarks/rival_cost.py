@@ -34,7 +34,7 @@ def cost_of(
 ) -> dict[str, float]:
     """Forward-equivalents a training row, and seconds, of what ``judge`` does with a trainer of these settings."""
     data = DataArguments([str(task.train_file)], str(task.validation_file))
-    args = BilevelConfig(str(folder), **settings, eval_strategy="no", disable_tqdm=True)
+    args = BilevelConfig(str(folder), **settings, overwrite_output_dir=True, eval_strategy="no", disable_tqdm=True)
     trainer = make_trainer(data, args, ModelConfig(model_name_or_path=str(task.model_dir)), trainer_class=kind)
     begin = time.process_time()
     with counted(trainer) as cost:

@@ -5,14 +5,14 @@
 Two tasks: the demo's world, and German inflection (`benchmarks/sigmorphon.py`). `score, select` is `tamis score` by the
 base model, `tamis select` with its defaults, and then plain SFT (selector `none`, rho 0) on the kept rows and the
 validation rows in one file. `scored by a quarter` is the same with a base model of about a quarter of the parameters,
-half as wide, that was pretrained on the same rows. `auroc` and `share_right` are those of the scoring. All runs make
-the same number of steps. `gap_closure` is on exact match, as in all benchmarks.
+half as wide, that was pretrained on the same rows, for as many steps or (`trained longer`) for four times as many.
+`auroc` and `share_right` are those of the scoring. All runs make the same number of steps. `gap_closure` is on exact
+match, as in all benchmarks.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,13 @@ from tamis.demo.run import LANGUAGE_SETTINGS
 from tamis.metrics import auroc
 from tamis.run import DataArguments, score
 
-SIZES = {"": 96, "_small": 48}
+WIDTH = 96
+# By the name of the way: suffix of the folder, width of the model, and how often as many steps it was pretrained.
+SCORERS = {
+    "score, select": ("", WIDTH, 1),
+    "scored by a quarter": ("_small", WIDTH // 2, 1),
+    "scored by a quarter, trained longer": ("_small_long", WIDTH // 2, 4),
+}
 OF_TRAINING = ("max_steps", "eval_strategy", "eval_steps", "save_strategy")
 
 
@@ -42,22 +48,26 @@ class Setup:
     """One of the tasks.
 
     Attributes:
-        make: its files and base model, from the folder, the seed and the width of the model.
+        make: its files and base model, from the folder, the seed, the width of the model and its steps of pretraining.
+        pretrain_steps: of the model that is trained.
         settings: of all runs.
         rhos: of direct mixing.
     """
 
     make: Callable[..., Task]
+    pretrain_steps: int
     settings: dict[str, Any]
     rhos: tuple[float, ...]
 
 
 def setups(is_quick: bool) -> dict[str, Setup]:
-    steps = {"pretrain_steps": 20} if is_quick else {}
-    german = partial(sigmorphon.make_task, pretrain_steps=20 if is_quick else sigmorphon.PRETRAIN_STEPS)
+    language_settings = LANGUAGE_SETTINGS | {"max_steps": 600}
+    german_steps = sigmorphon.PRETRAIN_STEPS
     return {
-        "demo": Setup(partial(make_language_world, **steps), LANGUAGE_SETTINGS | {"max_steps": 600}, (0.1, 0.3, 0.8)),
-        "sigmorphon": Setup(german, sigmorphon.SETTINGS, sigmorphon.RHOS),
+        "demo": Setup(make_language_world, 20 if is_quick else 600, language_settings, (0.1, 0.3, 0.8)),
+        "sigmorphon": Setup(
+            sigmorphon.make_task, 20 if is_quick else german_steps, sigmorphon.SETTINGS, sigmorphon.RHOS
+        ),
     }
 
 
@@ -91,17 +101,20 @@ def main() -> None:
         for seed in arguments.seeds:
             folder = arguments.output_dir / f"{scenario}{seed}"
             tasks = {
-                name: setup.make(folder / f"task{name}", seed=seed, hidden_size=size) for name, size in SIZES.items()
+                suffix: setup.make(
+                    folder / f"task{suffix}", seed=seed, hidden_size=width, pretrain_steps=setup.pretrain_steps * times
+                )
+                for suffix, width, times in SCORERS.values()
             }
             task = tasks[""]
             common = setup.settings | {"seed": seed} | ({"max_steps": 20} if arguments.quick else {})
             rows = compare_methods(task, folder, common, setup.rhos)
-            for name, size in (("score, select", ""), ("scored by a quarter", "_small")):
-                rows.insert(-1, select_and_train(name, tasks[size], task, folder, common))
+            for name, (suffix, _, _) in SCORERS.items():
+                rows.insert(-1, select_and_train(name, tasks[suffix], task, folder, common))
             add_gap_closures(rows)
             all_rows += [{"scenario": scenario, "seed": seed} | row for row in rows]
             for row in rows:
-                if row["method"] in ("tamis", "score, select", "scored by a quarter"):
+                if row["method"] == "tamis" or row["method"] in SCORERS:
                     for figure in ("test_accuracy", "gap_closure"):
                         key = f"{figure} {scenario}: {row['method']}"
                         aggregates.setdefault(key, []).append(row[figure])

@@ -24,7 +24,10 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 from suite_summary import MIN_GAP, describe, group_cells  # noqa: E402
 from tables_of_costs import COSTS, as_table  # noqa: E402
 
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "samples")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "samples", "scaling")),
+)
 BOLD = ("tamis", "tamis, refining")
 ESTIMATES = {
     "shares_half_wrong": "strings, one common mistake",
@@ -363,6 +366,20 @@ def _mean_of_best(rows: list[dict[str, Any]], prefix: str) -> float:
     return _mean(list(best.values()))
 
 
+def round_trip_table(results: dict[str, Any]) -> str:
+    """One line per task and way of `benchmarks/round_trip.py`, means over the seeds."""
+    methods = ("tamis", "score, select", "oracle (right rows)")
+    lines: list[list[str]] = []
+    for (scenario, method), rows in _groups(results["rows"], "scenario", "method"):
+        if method not in methods and not method.startswith("scored by"):
+            continue
+        values = [f"{_mean([row['test_accuracy'] for row in rows]):.3f}"]
+        values += [f"{_mean([row['gap_closure'] for row in rows]):.2f}"]
+        aurocs = [row["selection_auroc"] for row in rows if row["selection_auroc"] is not None]
+        lines.append([scenario, str(len(rows)), method, *values, f"{_mean(aurocs):.3f}" if aurocs else ""])
+    return as_table("task | seeds | way | exact match | gap closed | AUROC", lines)
+
+
 def fill(text: str) -> str:
     """The document with its tables made anew."""
 
@@ -380,6 +397,7 @@ def fill(text: str) -> str:
             "deployed": deployed_table,
             "suite": suite_table,
             "suite.rivals": suite_rivals_table,
+            "round_trip": round_trip_table,
             **COSTS,
             "llm.scouting": llm_scouting_table,
             "llm.losses": llm_losses_table,

@@ -77,6 +77,12 @@ def speed_table(results: Results) -> str:
     return as_table("case | tamis, ms a step | `SFTTrainer` | ratio | memory, ratio", lines)
 
 
+def rival_cost_table(results: Results) -> str:
+    """One line per method of `benchmarks/rival_cost.py`."""
+    lines = [[row["method"], f"{row['forwards']:.1f}", f"{row['cpu_seconds']:.0f}"] for row in results["rows"]]
+    return as_table("method | forward-equivalents a row | CPU seconds", lines)
+
+
 def _size(num_rows: int, seconds: float, peak_gb: float) -> list[str]:
     return [f"{num_rows:,}", f"{seconds:.0f}", f"{peak_gb * 1e9 / 2**30:.2f}"]
 
@@ -88,4 +94,5 @@ COSTS: dict[str, Callable[[Results], str]] = {
     "newcomer": newcomer_table,
     "selector_scale": selector_scale_table,
     "speed": speed_table,
+    "rival_cost": rival_cost_table,
 }
