@@ -121,3 +121,15 @@ def test_responses_that_do_not_end_are_warned_of_once(train, caplog):
     (first, *others) = [record for record in caplog.records if "rows train on new responses" in record.getMessage()]
     assert first.levelname == "INFO" and all(record.levelname == "DEBUG" for record in others)
     assert caplog.text.count("most rows got no usable response: raise `max_new_tokens`") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("q_proj", {"q_proj"}), ("q_proj v_proj", {"q_proj", "v_proj"}), (".*q_proj", {"q_proj"}),
+     ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})],
+)  # fmt: skip
+def test_one_target_module_is_a_name_as_several_are(train, tmp_path, given, found):
+    lora = ("--use_peft", "--lora_target_modules", *given.split())
+    assert train(*STATIC, "--max_steps", "1", *lora) == 0
+    names = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in names} == found

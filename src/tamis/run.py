@@ -1,6 +1,7 @@
 """One run, from named files to a run directory: what `tamis train`, the demo and the comparisons all go through."""
 
 import logging
+import re
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -153,11 +155,23 @@ def make_trainer(
         **datasets,
         prompt_template=data.prompt_template,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config_of(model_args),
     )
     trainer.skipped_rows = skipped or []
     trainer.config_settings = given_fields(data) | args.given_settings | given_fields(model_args)
     return trainer
+
+
+def peft_config_of(model_args: ModelConfig) -> PeftConfig | None:
+    """TRL's `get_peft_config`, where one target module is a name as several are.
+
+    TRL makes text of a list of one, for ``all-linear``; PEFT takes text for a pattern of a module's whole path.
+    """
+    config: Any = get_peft_config(model_args)
+    name = getattr(config, "target_modules", None)
+    if isinstance(name, str) and re.fullmatch(r"[\w.]+", name):
+        config.target_modules = {name}
+    return config  # type: ignore[no-any-return]
 
 
 def without_unread_weights(datasets: dict[str, Any], args: BilevelConfig) -> dict[str, Any]:
