@@ -94,6 +94,9 @@ def test_the_example_and_the_card_ask_as_training_did(base_models, tmp_path, mon
     (code,) = re.findall(r"## Quick start\n\n```python\n(.*?)```", card, re.DOTALL)
     assert ("tokenizer(PROMPT" in code) == (template == "plain")
 
+    assert str(tmp_path) not in card, "a card is published"
+    monkeypatch.chdir(tmp_path)
+
     def answer(question: str) -> str:
         asked = re.sub(r"'What is the capital of France\?'|'Write a prompt.*'", repr(question), code)
         (tmp_path / "asked.py").write_text(asked, encoding="utf-8")

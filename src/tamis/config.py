@@ -212,6 +212,16 @@ class BilevelConfig(SFTConfig):
             self.activation_checkpointing = True  # TRL's default, by the name that transformers has not deprecated
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the login: transformers pickles the settings beside every model, and uploads them with it."""
+        return {**vars(self), "hub_token": None}
+
+    def __copy__(self) -> "BilevelConfig":
+        """With the login, unlike what is pickled."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
     # --- what was left open -----------------------------------------------------------------------------------------
 
     def resolve(

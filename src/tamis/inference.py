@@ -20,6 +20,7 @@ from rich.text import Text
 from tamis.files import write_atomically
 from tamis.inputs import held_out_datasets
 from tamis.losses import evaluation_mode
+from tamis.model_card import data_section
 from tamis.output_dir import EXAMPLE
 from tamis.refining.generation import closing_tokens
 from tamis.rows import last_answer, row_name
@@ -249,11 +250,23 @@ def write_example(trainer: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def _data(trainer: Any) -> str:
+    held_out = held_out_datasets(trainer.eval_dataset).values()
+    num_rows = {
+        "train_dataset": len(trainer.row_weights["row"]),
+        "validation_dataset": len(trainer.validation_dataset or ()),
+        "eval_dataset": sum(map(len, held_out)),
+    }
+    sources = [source for source in trainer.row_weights["source"] if source is not None]
+    return data_section(Path(str(trainer.args.output_dir)), num_rows, sources)
+
+
 def describe(trainer: Any, card: Path) -> None:
-    """Put into a model card how to ask this model, and the template of its prompts, instead of TRL's quick start."""
+    """Put into a model card how to ask this model, the template of its prompts and its data, for TRL's quick start."""
     is_chat = trainer.prompts.chat_template is not None
     row = {"prompt": [{"role": "user", "content": _QUESTION}] if is_chat else "Write a prompt as in training here."}
-    model = repr(trainer.hub_model_id or str(trainer.args.output_dir))
+    output_dir = Path(str(trainer.args.output_dir))
+    model = repr(trainer.hub_model_id or (output_dir.name if output_dir.is_absolute() else str(output_dir)))
     template, written = trainer.prompts.chat_template, ""
     if template is None:
         written = "A prompt is the text as it is: nothing is put before or after it.\n"
@@ -262,7 +275,7 @@ def describe(trainer: Any, card: Path) -> None:
         written = f"The chat template of the tokenizer:\n\n{fence}jinja\n{template}\n{fence}\n"
     text = (
         f"## Quick start\n\n```python\n{snippet(trainer, model, row)}```\n\n"
-        f"## Prompt template\n\n{written}\n## Training procedure"
+        f"## Prompt template\n\n{written}\n{_data(trainer)}\n## Training procedure"
     )
     before, _, rest = card.read_text(encoding="utf-8").partition("## Quick start")
     folder = Path(trainer.accelerator.unwrap_model(trainer.model).config._name_or_path).name

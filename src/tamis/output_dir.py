@@ -17,7 +17,7 @@ from tamis.files import remove_temporaries, write_atomically
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = ".tamis.lock"
+LOCK_FILE = "_tamis.lock"  # an upload to the hub leaves out what begins so
 CONFIG_FILES = ("config.yaml", "tamis_config.yaml")  # the second where the first is the user's
 CARD_FILES = ("README.md", "MODEL_CARD.md")
 _KEPT_CARD = ".README.md.kept"  # the user's, while a library writes its own

@@ -1,59 +1,19 @@
 """What `tamis select` sends to the hub: the files that it wrote, and nothing else of the folder."""
 
-import base64
 import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import pytest
+from hub import serve, uploaded_files
 from huggingface_hub import constants
 from weighed_files import ROWS, chosen, json_lines
 
 from tamis.cli import main
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files needs."""
-
-    def do_POST(self):
-        """Answer the three requests of an upload, and keep what came with them."""
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.requests.append((self.path, self.headers["Authorization"], body))
-        if self.server.refuses:
-            self.answer({"error": "no"}, 403)
-        elif self.path == "/api/repos/create":
-            self.answer({"url": f"{constants.ENDPOINT}/datasets/me/clean"})
-        elif "/preupload/" in self.path:
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for path in paths]
-            self.answer({"files": modes})
-        else:
-            self.answer({"commitUrl": f"{constants.ENDPOINT}/datasets/me/clean/commit/1", "commitOid": "1"})
-
-    def do_GET(self):
-        """An empty repository."""
-        self.answer({"id": "me/clean", "sha": "0", "siblings": []})
-
-    def answer(self, content, status=200):
-        text = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *args):
-        """Quiet."""
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.requests, server.refuses = [], False
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        Thread(target=server.serve_forever, daemon=True).start()
+    with serve(monkeypatch, "datasets/me/clean") as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -68,11 +28,10 @@ def folder(weigh, tmp_path):
 def test_the_files_that_were_written_are_uploaded(hub, folder):
     lines = dict(chosen(hub_dataset_id="me/clean", hub_private_repo=True, hub_token="hf_x"))
     assert lines["uploaded"] == f"{constants.ENDPOINT}/datasets/me/clean"
-    creation, *_, commit = hub.requests
+    creation = hub.requests[0]
     assert json.loads(creation[2]).items() >= {"name": "clean", "organization": "me", "type": "dataset"}.items()
     assert {token for _, token, _ in hub.requests} == {"Bearer hf_x"}
-    sent = [json.loads(line)["value"] for line in commit[2].splitlines()]
-    files = {entry["path"]: base64.b64decode(entry["content"]) for entry in sent if "path" in entry}
+    files = uploaded_files(hub)
     assert files == {name: (folder / "clean" / name).read_bytes() for name in ("a.jsonl", "manifest.json")}
 
 
