@@ -68,7 +68,8 @@ def tokens_per_second(batch_size: int, num_new_tokens: int, num_rounds: int) -> 
         return num_tokens
 
     def generator() -> int:
-        return sum(len(r.token_ids) for answers in ours.generate(prompts, 1, seed=0) for r in answers)
+        seeds = [(0, i) for i in range(len(prompts))]
+        return sum(len(r.token_ids) for answers in ours.generate(prompts, 1, seeds) for r in answers)
 
     speeds: dict[str, list[float]] = {"plain": [], "tamis": []}
     for round_ in range(num_rounds + 1):

@@ -6,29 +6,57 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from conftest import ONE_TRIAL, PLAIN, lora, pairs, two_kinds
 from datasets import Dataset, disable_progress_bars
 
 from tamis import BilevelConfig, BilevelTrainer
+from tamis.ranks import trained, whole
 
 # Plain gradient descent: Adam would blow rounding of tiny gradients up to whole steps. 19 rows: the last step of an
 # epoch has fewer rows than the others, and of unlike numbers on the two ranks. A soft rule keeps rounding small.
 COMMON = {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2.0}
 REFINING = {"refine_fraction": 0.5, "refine_start": 0, "refine_every": 2, "num_generations": 2, "max_new_tokens": 4}
+SAVED = ONE_TRIAL | REFINING | {"save_strategy": "steps", "save_steps": 5}  # of ten
 FOLLOWING = {"selector": "mirror", "selector_learning_rate": 0.1}
 RUNS = {
     "scores follow the steps": FOLLOWING,
     "scouted": ONE_TRIAL,
     "tokens, accumulation": FOLLOWING | {"loss_reduction": "token", "gradient_accumulation_steps": 2},
     "tracked": FOLLOWING | {"reference": "tracked", "reference_learning_rate": 1e-4},
-    "lora": FOLLOWING | {"peft_config": True},
     "refining": FOLLOWING | REFINING,
-    "scouted, refining": ONE_TRIAL | REFINING,
+    "scouted, refining": SAVED,
+    "lora": ONE_TRIAL | REFINING | {"peft_config": True, "refine_policy": "random", "gradient_accumulation_steps": 2},
+    "resumed": SAVED | {"resumes": "scouted, refining"},  # of the two ranks, on either
+}
+# On two ranks only, and last: the process stays with FSDP. Torch cannot load the state of SGD, which has none.
+_ADAMW = SAVED | {"optim": "adamw_torch", "learning_rate": 1e-3}
+SHARDED = {
+    "fsdp2": ONE_TRIAL | REFINING,
+    "fsdp2, lora": RUNS["lora"],
+    "fsdp2, adamw": _ADAMW,
+    "fsdp2, resumed": _ADAMW | {"resumes": "fsdp2, adamw"},
+}
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
 }
 METRICS = (
     "loss", "grad_norm", "training_loss", "weighted_training_loss", "validation_loss", "penalty_gap", "rho", "ess",
     "ess_ratio", "weight_entropy", "num_tokens", "eval_loss",
 )  # fmt: skip
+
+
+def fsdp_on_cpus(init):
+    """accelerate turns FSDP on for accelerators only; torch has it on CPUs too."""
+
+    def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    return init_with_fsdp
 
 
 def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) -> dict:
@@ -37,6 +65,10 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
     backend = {"ddp_backend": "gloo"} if num_ranks > 1 else {}
     settings = COMMON | {"per_device_train_batch_size": global_batch_size // num_ranks} | settings
     peft_config = lora() if settings.pop("peft_config", False) else None
+    resumes = settings.pop("resumes", None)
+    checkpoint = resumes and str(folder.parent.parent / "two" / resumes / "checkpoint-5")
+    AcceleratorState._reset_state()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # of an earlier run
     torch.manual_seed(0)
     args = BilevelConfig(output_dir=str(folder), **PLAIN | settings, eval_strategy="epoch", **backend)
     train, validation = pairs(10) + pairs(9, 50, wrong=True), pairs(6, 90)
@@ -51,15 +83,16 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
         eval_dataset=Dataset.from_list(pairs(5, 100)),
         peft_config=peft_config,
     )
-    trainer.train()
+    trainer.train(checkpoint)
     weighting = trainer.weighting
     return {
         "num_ranks": trainer.args.world_size,
         "history": [{n: line[n] for n in METRICS if n in line} for line in trainer.state.log_history],
         "scores": weighting.row_weights.all_scores().tolist(),
         "weights": weighting.row_weights.all_weights().tolist(),
+        "losses": weighting.row_weights.last_loss_N.tolist(),
         "num_updates": weighting.row_weights.num_updates_N.tolist(),
-        "parameters": {n: p.tolist() for n, p in trainer.model.named_parameters() if p.requires_grad},
+        "parameters": {n: whole(p).tolist() for n, p in trained(trainer.model).items()},
         "p_right": weighting.row_weights.p_right_N().nan_to_num(-1).tolist(),
         "trials": weighting.outcome and [
             [t.evidence, t.criterion, t.error, *t.rank_V] for t in weighting.outcome.trials
@@ -73,7 +106,11 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
 if __name__ == "__main__":
     model_dir, folder = sys.argv[1], Path(sys.argv[2])
     disable_progress_bars()
-    for name, settings in RUNS.items():
-        found = run(model_dir, folder / name, 4, settings)
+    AcceleratorState.__init__ = fsdp_on_cpus(AcceleratorState.__init__)
+    runs = (
+        RUNS if "WORLD_SIZE" not in os.environ else RUNS | {name: settings | FSDP for name, settings in SHARDED.items()}
+    )
+    for name, settings in runs.items():
+        found = run(model_dir, folder / name, 4, dict(settings))
         rank = os.environ.get("RANK", "0")
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))

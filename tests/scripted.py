@@ -22,7 +22,7 @@ class ScriptedGenerator:
     ):
         self.model, self.script, self.settings, self.eos_token_id = model, script, settings, eos_token_id
 
-    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seeds: Any) -> list[list[Completion]]:
         """See `Generator`."""
         return [
             [self._completion(prompt, self.script(prompt, j)) for j in range(num_generations)] for prompt in prompts
@@ -50,11 +50,11 @@ class Script:
         self.scripted = ScriptedGenerator(model, script, self.settings, processing_class.eos_token_id)
         return self
 
-    def generate(self, prompts, num_generations, seed):
+    def generate(self, prompts, num_generations, seeds):
         self.num_calls += 1
         if self.num_calls == self.fails_at and self.error:
             raise self.error
-        completions = self.scripted.generate(prompts, num_generations, seed)
+        completions = self.scripted.generate(prompts, num_generations, seeds)
         return completions[:-1] if self.num_calls == self.fails_at else completions
 
 

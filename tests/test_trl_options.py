@@ -36,7 +36,7 @@ WORKS = """
     hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
     restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
     dataloader_drop_last label_names ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-    ddp_static_graph ddp_backend ddp_timeout fsdp_config debug skip_memory_metrics do_train do_eval do_predict
+    ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config debug skip_memory_metrics do_train do_eval do_predict
     resume_from_checkpoint local_rank model_init_kwargs trust_remote_code router_aux_loss_coef chat_template_path
     dataset_num_proc eos_token max_length truncation_mode shuffle_dataset pad_to_multiple_of completion_only_loss
     assistant_only_loss activation_offloading pad_token
@@ -64,8 +64,7 @@ REFUSED = {
     "enable_jit_checkpoint": (True, "enable_jit_checkpoint may save between the step of the scores"),
     "parallelism_config": (ParallelismConfig(tp_size=2), "parallelism_config"),
     "train_sampling_strategy": ("group_by_length", "train_sampling_strategy 'group_by_length'"),
-    "fsdp": ("full_shard", "a model sharded by FSDP or DeepSpeed"),
-    "deepspeed": ({"zero_optimization": {"stage": 2}}, "a model sharded by FSDP or DeepSpeed"),
+    "deepspeed": ({"zero_optimization": {"stage": 2}}, "DeepSpeed keeps gradients and optimizer to itself"),
     "dataset_kwargs": ({"skip_prepare_dataset": True}, "skip_prepare_dataset is not supported"),
     "packing": (True, "packing joins rows"),
     "eval_packing": (True, "packing joins rows"),
@@ -97,7 +96,7 @@ ALONGSIDE = {
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
 }
 # transformers, or a package that is not there, would speak first.
-SET_LATER = ("fsdp", "deepspeed", "parallelism_config")
+SET_LATER = ("deepspeed", "parallelism_config")
 
 
 def config(tmp_path, **settings) -> BilevelConfig:
@@ -153,31 +152,38 @@ def test_settings_of_data_loaders_are_without_effect(tmp_path, caplog):
     assert record.message.startswith("accelerator_config.dispatch_batches is set but has no effect: ")
 
 
-@pytest.mark.parametrize("by_launcher", [True, False])
-def test_a_sharded_model_is_refused_only_where_a_forward_of_its_own_is_needed(tmp_path, monkeypatch, by_launcher):
-    def sharded(**settings):
-        args = config(tmp_path, **settings)
-        if by_launcher:
-            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        else:
-            args.fsdp = "full_shard"
-        try:
-            check(args)
-        finally:
-            monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+SCOUTING_OR_REFINING = (
+    {},
+    {"selector": "mirror", "reference": "zero", "refine_fraction": 0.5},
+    {"selector": "none", "refine_fraction": 0.5, "refine_policy": "random"},
+)
 
-    sharded(selector="none")
-    sharded(reference="zero", selector="mirror")
-    for settings in (
-        {},
-        {"reference": "zero"},
-        {"selector": "mirror"},
-        {"selector": "mirror", "reference": "tracked"},
-        {"selector": "mirror", "reference": "zero", "refine_fraction": 0.5},
-        {"selector": "none", "refine_fraction": 0.5, "refine_policy": "random"},
-    ):
-        with pytest.raises(ValueError, match="a model sharded by FSDP or DeepSpeed"):
-            sharded(**settings)
+
+@pytest.mark.parametrize("by_launcher", [True, False])
+def test_what_a_sharded_model_cannot_do_is_refused(tmp_path, monkeypatch, by_launcher):
+    def check_sharded(engine, version="2", **settings):
+        args = config(tmp_path, **settings)
+        with monkeypatch.context() as patch:
+            if by_launcher:
+                patch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+                patch.setenv("FSDP_VERSION", version)
+            else:
+                setattr(args, engine, True)
+                args.fsdp_plugin_args = {"fsdp_version": int(version)}
+            check(args)
+
+    for engine, version in (("fsdp", "2"), ("fsdp", "1"), ("deepspeed", "")):
+        check_sharded(engine, version, selector="none")
+        check_sharded(engine, version, reference="zero", selector="mirror")
+        for reference in ("base", "tracked"):
+            with pytest.raises(ValueError, match="the references 'base' and 'tracked' cannot be had"):
+                check_sharded(engine, version, selector="mirror", reference=reference)
+    for settings in SCOUTING_OR_REFINING:
+        check_sharded("fsdp", **settings)
+        with pytest.raises(ValueError, match="set `fsdp_version: 2`"):
+            check_sharded("fsdp", "1", **settings)
+        with pytest.raises(ValueError, match="DeepSpeed keeps gradients and optimizer to itself"):
+            check_sharded("deepspeed", "", **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"refine_fraction": 0.5}])

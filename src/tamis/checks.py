@@ -12,7 +12,14 @@ from tamis.config import DEFAULT_SELECTOR_LEARNING_RATE, OWN_FIELDS, REFINING_FI
 from tamis.refining.generation import check_installed
 from tamis.selection.selectors import Selector, check_selector
 from tamis.settings import choices_of, warn_without_effect
-from tamis.trl_options import NO_EFFECT, given_loader_settings, is_sharded, refuse_arguments, refuse_options
+from tamis.trl_options import (
+    NO_EFFECT,
+    given_loader_settings,
+    is_sharded,
+    refuse_arguments,
+    refuse_engine,
+    refuse_options,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,13 +149,15 @@ def _refuse_bad_values(args: BilevelConfig) -> None:
 def _refuse_pairs(args: BilevelConfig, is_static: bool, selector: SelectorTraits | None) -> None:
     """Settings of TRL that work on their own, but not beside what else is set."""
     has_reference = not is_static and args.reference != "zero"
-    needs_plain_model = args.scouts(selector) or args.refines or has_reference
-    if needs_plain_model and is_sharded(args):
+    if is_sharded(args) and has_reference and not args.scouts(selector):
         raise ValueError(
-            "a model sharded by FSDP or DeepSpeed runs as one wrapped module, and scouting, refining and the "
-            "references 'base' and 'tracked' need a forward of their own: choose another `selector` with "
-            "`reference='zero'` and `refine_fraction=0`"
+            "a model sharded by FSDP or DeepSpeed has no second copy, and all ranks run each forward together: the "
+            "references 'base' and 'tracked' cannot be had. Set `reference='zero'`, or choose `selector='scout'`"
         )
+    if args.scouts(selector) or args.refines:
+        refuse_engine(args)
+    if is_sharded(args) and args.refines and args.generator == "vllm":
+        raise ValueError("generator 'vllm' is not supported with a sharded model: leave `generator` out")
     if args.fp16 and args.reference == "tracked" and not is_static and not args.scouts(selector):
         raise ValueError("fp16 scales the loss, and the reference 'tracked' has no scaler: set `bf16` instead")
     if args.refines and args.save_only_model and args.refine_on_error == "stop":

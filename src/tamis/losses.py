@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from tamis.bilevel import example_losses
 from tamis.progress import track
+from tamis.ranks import local, named_parameters, share, trained
 
 Parameters = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -74,8 +75,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def trainable_parameters(model: nn.Module) -> Parameters:
-    """A copy on the CPU."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    """A copy on the CPU; of a sharded model that of the shards of this rank."""
+    return {name: local(parameter).to("cpu", copy=True) for name, parameter in trained(model).items()}
 
 
 @contextlib.contextmanager
@@ -83,10 +84,11 @@ def exchanged(model: nn.Module, parameters: Parameters) -> Iterator[None]:
     """Within it the model has these values and ``parameters`` holds the model's; no third copy is made."""
 
     def exchange() -> None:
-        own = dict(model.named_parameters())
+        own = named_parameters(model)
         for name, value in parameters.items():
-            present = own[name].detach().to("cpu", copy=True)
-            own[name].data.copy_(value)
+            part = local(own[name])
+            present = part.to("cpu", copy=True)
+            part.copy_(value)
             value.copy_(present)
 
     exchange()
@@ -110,7 +112,7 @@ def row_losses(
     """
     lengths = [len(ids) for ids in dataset["input_ids"]]
     order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))
-    mine = order[accelerator.process_index :: accelerator.num_processes]
+    mine = share(order, accelerator.process_index, accelerator.num_processes)
     rows = dataset.select_columns(["input_ids", "labels"]).select(mine)
     losses: list[float] = []
     # A generator of its own: a loader draws from the global one, and dropout goes on as if nothing had been measured.

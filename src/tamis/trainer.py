@@ -363,6 +363,10 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer):
             self._write_weights()
         return prepared
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.weighting.remember_base()
+        super()._load_from_checkpoint(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log also the share of the validation loss and how the weights stand; append to `metrics.jsonl`."""
         if self.model.training:

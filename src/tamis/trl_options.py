@@ -4,6 +4,7 @@ Every other option works as it does there. `tests/test_trl_options.py` holds the
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -154,6 +155,26 @@ def is_sharded(args: SFTConfig) -> bool:
     """Whether no rank holds the whole model: FSDP or DeepSpeed, by the settings or by `accelerate launch`."""
     by_launcher = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
     return bool(args.fsdp or args.deepspeed or by_launcher)
+
+
+def refuse_engine(args: SFTConfig) -> None:
+    """Refuse engines under which a run cannot scout and refine: those that have the parameters to themselves.
+
+    Raises:
+        ValueError: with the engine and the remedy.
+    """
+    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed keeps gradients and optimizer to itself, and a scout descends by an optimizer of its own: shard "
+            "the model by FSDP2 (recipes/accelerate/fsdp2.yaml), or choose `selector='mirror'` with `reference='zero'` "
+            "and `refine_fraction=0`"
+        )
+    if not is_sharded(args):
+        return
+    by_settings: dict[str, int] = getattr(args, "fsdp_plugin_args", None) or {}
+    version = int(by_settings.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+    if version != 2:
+        raise ValueError("FSDP1 has no parameters that a scout could step: set `fsdp_version: 2` for accelerate")
 
 
 def given_loader_settings(args: SFTConfig) -> list[str]:

@@ -35,7 +35,7 @@ from tamis.rows import row_name
 from tamis.selection.make import make_row_weights
 from tamis.selection.references import ZeroReference, make_reference
 from tamis.selection.row_weights import RowWeights, ScoutWeights
-from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, scout_lengths
+from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, make_settings
 from tamis.selection.selectors import Selector
 from tamis.selection.trials import MIN_VALIDATION_ROWS, Outcome, describe, send_scout
 from tamis.stream import Batches, BatchRows, MicroBatch
@@ -152,6 +152,7 @@ class RowWeighting:
             ValueError: see `plan`, or the scout of the earlier run is missing.
         """
         self.plan(max_steps)
+        self.remember_base()
         if self.scout and isinstance(self.row_weights, ScoutWeights):
             if resume is None:
                 self._send_scout(self.scout, self.row_weights, model)
@@ -159,6 +160,11 @@ class RowWeighting:
                 self._take_over(self.scout, Path(resume).parent)
         if not self.refiner:
             self.scout = None  # no more rows to score: its parameters need not be kept
+
+    def remember_base(self) -> None:
+        """Before training, and before a checkpoint is loaded: keep what new responses are compared with."""
+        if self.scout:
+            self.scout.remember_base()
 
     def _take_over(self, scout: Scout, earlier: Path) -> None:
         """The scout of the run that this one goes on from; it may be resumed from here too."""
@@ -175,22 +181,8 @@ class RowWeighting:
     def scout_settings(self) -> ScoutSettings:
         """How scouts descend the validation rows of this run."""
         assert self.validation_dataset is not None, "checked by the settings"
-        args = self.args
-        batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
-        return ScoutSettings(
-            learning_rates=self.resolved.scout_learning_rates,
-            num_steps=scout_lengths(
-                len(self.validation_dataset),
-                batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
-                args.scout_epochs,
-            ),
-            betas=(args.adam_beta1, args.adam_beta2),
-            epsilon=args.adam_epsilon,
-            max_grad_norm=args.max_grad_norm,
-            batch_size=batch_size,
-            num_micro_batches=args.gradient_accumulation_steps,
-            seed=args.seed,
-        )
+        rates = self.resolved.scout_learning_rates
+        return make_settings(self.args, rates, len(self.validation_dataset), self.accelerator.num_processes)
 
     def _send_scout(self, scout: Scout, row_weights: ScoutWeights, model: nn.Module) -> None:
         """Score all rows, and settle their weights: see `tamis.selection.trials`."""
@@ -219,8 +211,8 @@ class RowWeighting:
             logger.log(level, line)
         if self.recorder:
             self.recorder.write_scout(self.outcome.to_dict(), self.outcome.scores(ids_R))
-            if self.refiner:
-                scout.save(self.recorder.output_dir / SCOUT_FILE)
+        if self.refiner:
+            scout.save(Path(str(self.args.output_dir)) / SCOUT_FILE)
 
     def rho(self) -> float:
         """Share of the validation loss where none is given: a validation row counts as a surely right training row."""

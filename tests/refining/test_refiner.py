@@ -131,11 +131,11 @@ class Recorded:
         self.generator, self.settings = generator, generator.settings
         self.calls, self.error, self.num_missing = [], None, 0
 
-    def generate(self, prompts, num_generations, seed):
-        self.calls.append((list(prompts), num_generations, seed))
+    def generate(self, prompts, num_generations, seeds):
+        self.calls.append((list(prompts), num_generations, seeds))
         if self.error:
             raise self.error
-        completions = self.generator.generate(prompts, num_generations, seed)
+        completions = self.generator.generate(prompts, num_generations, seeds)
         return completions[: len(completions) - self.num_missing]
 
 
@@ -349,8 +349,8 @@ def test_every_refresh_draws_anew():
     for step in (0, 2, 4):
         refiner.refresh(step)
     again.refresh(2)
-    seeds = [seed for _, _, seed in refiner.generator.calls]
-    assert len(set(seeds)) == 3 and again.generator.calls[0][2] == seeds[1], "from seed and step alone"
+    seeds = [seed for _, _, (seed, *_) in refiner.generator.calls]
+    assert len(set(seeds)) == 3 and again.generator.calls[0][2][0] == seeds[1], "from seed and step alone"
     other = refiner_of(two_responses, seed=1)
     other.refresh(2)
     assert other.generator.calls[0][2] != seeds[1]

@@ -9,7 +9,9 @@ RIGHT, WRONG, TRUSTED = two_kinds()
 
 
 def scout_of(trainer, keep=False) -> Scout:
-    return Scout(trainer.model, trainer.batches, batch_size=8, keep=keep, show_progress=False)
+    scout = Scout(trainer.model, trainer.batches, batch_size=8, keep=keep, show_progress=False)
+    scout.remember_base()
+    return scout
 
 
 def settings_of(trainer, **settings) -> ScoutSettings:

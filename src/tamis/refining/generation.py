@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -33,7 +34,7 @@ from tamis._compat import LoraLayer, is_vllm_available, vllm_generation
 from tamis.checkpoint import ResumableError
 from tamis.losses import evaluation_mode
 from tamis.progress import Bar
-from tamis.randomness import seeded
+from tamis.ranks import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 # a KV cache differs by about 0.01; one optimizer step of old weights is hard to tell from that, a forgotten
 # synchronisation is not.
 MAX_DRIFT = 0.2
+
+Seeds = Sequence[Sequence[int]]  # one for each prompt: non-negative integers, which are mixed
 
 
 class GenerationError(ResumableError):
@@ -83,12 +86,12 @@ class Generator(Protocol):
 
     settings: SamplingSettings
 
-    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seeds: Seeds) -> list[list[Completion]]:
         """``num_generations`` completions of each prompt, by the weights that the model has now.
 
         Args:
             prompts: token ids.
-            seed: all the randomness there is, where the generator can be seeded.
+            seeds: of each prompt: all the randomness there is, where the generator can be seeded.
         """
 
 
@@ -106,36 +109,37 @@ def without_published_defaults(model: Any) -> Iterator[None]:
             owner.generation_config = config
 
 
-class _LogProbRecorder(LogitsProcessor):
-    """Log-probabilities of the drawn tokens, noted while `generate` runs: no second forward, no logits kept.
+class _Sampler(LogitsProcessor):
+    """Draws the tokens while `generate` runs, and notes their log-probabilities: no second forward, no logits kept.
 
-    They are those of the distribution that is drawn from: at its temperature, renormalised over the nucleus.
+    A token is the quantile of its distribution at a number that was drawn before. So a completion depends on its own
+    seed alone, not on the rows that it shares a batch with; `torch.multinomial` would draw for the batch as a whole.
 
-    It sees the raw logits of step t, and in step t + 1 the tokens that were drawn from them.
+    Args:
+        quantile_BT: uniform in [0, 1), float64, one for each token that there may be.
     """
 
-    def __init__(self, prompt_length: int, settings: SamplingSettings):
-        self.prompt_length, self.temperature = prompt_length, settings.temperature
+    def __init__(self, quantile_BT: Tensor, settings: SamplingSettings):
+        self.temperature, self._quantile_BT = settings.temperature, quantile_BT
         self._nucleus = TopPLogitsWarper(settings.top_p) if settings.top_p < 1 else None
-        self.columns: list[Tensor] = []
-        self._last: Tensor | None = None
+        self._columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._take(input_ids)
-        self._last = scores.float() / self.temperature
+        """Scores (B, V) whose highest is the drawn token's."""
+        scores = scores.float() / self.temperature
         if self._nucleus is not None:
-            self._last = self._nucleus(input_ids, self._last)
-        return scores
+            scores = self._nucleus(input_ids, scores)
+        log_prob_BV = scores.log_softmax(dim=1)
+        mass_BV = log_prob_BV.exp().cumsum(dim=1)
+        quantile_B1 = self._quantile_BT[:, len(self._columns), None].to(scores.device, scores.dtype)
+        drawn_B1 = torch.searchsorted(mass_BV, quantile_B1 * mass_BV[:, -1:], right=True)
+        drawn_B1 = drawn_B1.clamp(max=scores.shape[1] - 1)  # logits that are not numbers have no quantile
+        self._columns.append(log_prob_BV.gather(1, drawn_B1).squeeze(1))
+        return torch.full_like(scores, -math.inf).scatter_(1, drawn_B1, 0.0)
 
-    def _take(self, sequences_BT: Tensor) -> None:
-        if self._last is not None:
-            drawn_B1 = sequences_BT[:, self.prompt_length + len(self.columns), None]
-            self.columns.append((self._last.gather(1, drawn_B1) - self._last.logsumexp(1, keepdim=True)).squeeze(1))
-
-    def log_probs(self, sequences_BT: Tensor) -> Tensor:
+    def log_probs(self) -> Tensor:
         """Of all generated tokens of the finished batch, B x T."""
-        self._take(sequences_BT)
-        return torch.stack(self.columns, dim=1)
+        return torch.stack(self._columns, dim=1)
 
 
 class TransformersGenerator:
@@ -163,10 +167,7 @@ class TransformersGenerator:
         self.pad_token_id = processing_class.pad_token_id
         self.eos_token_ids = closing_tokens(model, processing_class)
         self._config = GenerationConfig(
-            do_sample=True,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=0,
+            do_sample=False,  # `_Sampler` does
             repetition_penalty=1.0,
             use_cache=True,  # TRL switches it off in the model's own settings
             max_new_tokens=settings.max_new_tokens,
@@ -174,40 +175,37 @@ class TransformersGenerator:
             pad_token_id=self.pad_token_id,
         )
 
-    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seeds: Seeds) -> list[list[Completion]]:
         """See `Generator`."""
-        rows = [i for i in range(len(prompts)) for _ in range(num_generations)]
-        rows.sort(key=lambda i: -len(prompts[i]))  # stable: the longest first, where a lack of memory shows at once
+        rows = [(i, j) for i in range(len(prompts)) for j in range(num_generations)]
+        rows.sort(key=lambda row: -len(prompts[row[0]]))  # stable: the longest first, where a lack of memory shows
         completions: list[list[Completion]] = [[] for _ in prompts]
         bar = Bar("generating responses", len(rows), is_shown=self.show_progress)
-        with (
-            evaluation_mode(self.model),
-            without_published_defaults(self.model),
-            torch.no_grad(),
-            seeded(seed, self.accelerator.device),
-            bar,
-        ):
+        with evaluation_mode(self.model), without_published_defaults(self.model), torch.no_grad(), bar:
             for first in range(0, len(rows), self.batch_size):
                 batch = rows[first : first + self.batch_size]
-                for i, completion in zip(batch, self._draw([prompts[i] for i in batch]), strict=True):
+                drawn = [np.random.default_rng([*seeds[i], j]).random(self.settings.max_new_tokens) for i, j in batch]
+                found = self._draw([prompts[i] for i, _ in batch], torch.from_numpy(np.stack(drawn)))
+                for (i, _), completion in zip(batch, found, strict=True):
                     completions[i].append(completion)
                 bar.advance(len(batch))
         return completions
 
-    def _draw(self, prompts: list[list[int]]) -> list[Completion]:
+    def _draw(self, prompts: list[list[int]], quantile_BT: Tensor) -> list[Completion]:
         longest = max(map(len, prompts))
         padding = [longest - len(ids) for ids in prompts]
         input_ids = torch.tensor([[self.pad_token_id] * p + ids for p, ids in zip(padding, prompts, strict=True)])
         attention_mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding])
-        recorder = _LogProbRecorder(longest, self.settings)
+        sampler = _Sampler(quantile_BT, self.settings)
         with self.accelerator.autocast():
             sequences = self.model.generate(
                 input_ids=input_ids.to(self.accelerator.device),
                 attention_mask=attention_mask.to(self.accelerator.device),
                 generation_config=self._config,
-                logits_processor=LogitsProcessorList([recorder]),
+                logits_processor=LogitsProcessorList([sampler]),
+                synced_gpus=is_sharded(self.model),
             )
-        log_probs = recorder.log_probs(sequences).cpu()
+        log_probs = sampler.log_probs().cpu()
         return [
             self._cut(ids, row_log_probs)
             for ids, row_log_probs in zip(sequences[:, longest:].tolist(), log_probs, strict=True)
@@ -234,12 +232,13 @@ class VllmGenerator:
         self.vllm, self.model, self.settings = vllm, model, settings
         self.eos_token_ids = set(eos_token_ids)
 
-    def generate(self, prompts: Sequence[list[int]], num_generations: int, seed: int) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[list[int]], num_generations: int, seeds: Seeds) -> list[list[Completion]]:
         """See `Generator`."""
         with base_weights_kept(self.model):
             self.vllm.sync_weights()
         # Only there: in this process one seed would give the same completion to every copy of a prompt.
-        if self.vllm.mode == "server":
+        if self.vllm.mode == "server" and prompts:
+            seed = int(np.random.default_rng(list(seeds[0])).integers(2**63))
             self.vllm.generation_kwargs = self.vllm.generation_kwargs | {"seed": seed}
         rows = [ids for ids in prompts for _ in range(num_generations)]
         _, generated, log_probs, _ = self.vllm.generate(rows, images=None, num_generations=num_generations)
@@ -368,11 +367,11 @@ def verify(
     drift = 0.0
     for prompt, found in list(zip(prompts, completions, strict=True))[:num_checked]:
         completion = found[0]
-        if not math.isfinite(completion.log_prob):
-            continue  # counted as unmeasured, and not trained on
         num_tokens = max(len(completion.token_ids), 1)
         with autocast():
             own = sampled_log_prob(model, prompt, completion.token_ids, generator.settings)
+        if not math.isfinite(completion.log_prob):
+            continue  # counted as unmeasured, and not trained on
         difference = (completion.log_prob - own) / num_tokens
         # Where the generator has renormalised over the tokens that top_p left, each gains at most log(1 / top_p).
         difference = max(-difference, difference + math.log(generator.settings.top_p), 0.0)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tamis.config import BilevelConfig, Resolved
 from tamis.losses import row_losses
+from tamis.ranks import share
 from tamis.refining.generation import Completion, GenerationError, Generator, verify
 from tamis.refining.responses import RefinedRow, Response, ResponseBuffer
 from tamis.selection.row_weights import RowWeights, ScoutWeights
@@ -200,12 +201,12 @@ class Refiner:
     def _generate(self, picked: list[int], step: int) -> tuple[dict[int, list[Completion]], float]:
         if not picked:
             return {}, 0.0
-        mine = picked[self.rank :: self.num_ranks]
+        mine = share(picked, self.rank, self.num_ranks)
         prompts = self.prompts(mine)
-        seed = ((self.settings.seed * 1_000_003 + step) * 1_003 + self.rank) % 2**63
+        seeds = [(self.settings.seed, step, i) for i in mine]  # the same on any number of ranks
         failure, completions, drift, num_generations = "", [], 0.0, self.settings.num_generations
         try:
-            completions = self.generator.generate(prompts, num_generations, seed)
+            completions = self.generator.generate(prompts, num_generations, seeds)
             drift = verify(self.generator, self.model, prompts, completions, num_generations, self.autocast)
         except GenerationError as error:
             failure = str(error)
@@ -213,7 +214,8 @@ class Refiner:
             logger.debug("traceback", exc_info=True)
             failure = f"the generator failed: {type(error).__name__}: {error}"
         if self.num_ranks > 1:  # a failure on one rank is all ranks': the others would wait for its responses for ever
-            failure = next(filter(None, gather_object([failure])), "")
+            failures, drifts = zip(*gather_object([(failure, drift)]), strict=True)
+            failure, drift = next(filter(None, failures), ""), max(drifts)
         if failure:
             raise GenerationError(failure)
         found = list(zip(mine, completions, strict=True))

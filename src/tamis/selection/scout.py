@@ -24,14 +24,15 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tamis.config import MAX_SCOUT_EPOCHS, SCOUT_VISITS
+from tamis.config import MAX_SCOUT_EPOCHS, SCOUT_VISITS, BilevelConfig
 from tamis.files import write_atomically
 from tamis.losses import Parameters, exchanged, fused_losses, row_losses, trainable_parameters
 from tamis.progress import track
 from tamis.randomness import EndlessPermutations
+from tamis.ranks import is_sharded, local, local_part_of, trained, whole
 from tamis.selection.calibration import Calibration
 from tamis.stream import Batches, MicroBatch
 
@@ -77,6 +78,24 @@ def scout_lengths(num_validation: int, rows_per_step: int, num_epochs: float | N
     return tuple(sorted({max(longest // part, 1) for part in (4, 2, 1)}))
 
 
+def make_settings(
+    args: BilevelConfig, learning_rates: tuple[float, ...], num_validation: int, num_ranks: int
+) -> ScoutSettings:
+    """How scouts descend the validation rows of a run: in batches as large as those of its trusted rows, all ranks'."""
+    batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
+    rows_per_step = batch_size * args.gradient_accumulation_steps * num_ranks
+    return ScoutSettings(
+        learning_rates=learning_rates,
+        num_steps=scout_lengths(num_validation, rows_per_step, args.scout_epochs),
+        betas=(args.adam_beta1, args.adam_beta2),
+        epsilon=args.adam_epsilon,
+        max_grad_norm=args.max_grad_norm,
+        batch_size=batch_size,
+        num_micro_batches=args.gradient_accumulation_steps,
+        seed=args.seed,
+    )
+
+
 @contextmanager
 def put_back(model: nn.Module, before: Parameters | None = None) -> Iterator[None]:
     """On leaving, the trainable parameters are what they were on entering, and no other ones are trainable.
@@ -88,10 +107,10 @@ def put_back(model: nn.Module, before: Parameters | None = None) -> Iterator[Non
     try:
         yield
     finally:
-        own = dict(model.named_parameters())
-        assert values.keys() == {name for name, p in own.items() if p.requires_grad}, "a scout changes nothing"
+        own = trained(model)
+        assert values.keys() == own.keys(), "a scout changes nothing"
         for name, value in values.items():
-            own[name].data.copy_(value)
+            local(own[name]).copy_(value)
             own[name].grad = None
 
 
@@ -114,8 +133,8 @@ def descend(
         title: of the progress bar; there is none when it is empty.
     """
     accelerator = batches.accelerator
-    trained = [p for p in model.parameters() if p.requires_grad]
-    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]
+    parameters = list(trained(model).values())
+    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
     optimizer = torch.optim.AdamW(masters, learning_rate, settings.betas, settings.epsilon, weight_decay=0.0)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
     order = EndlessPermutations(len(example_ids_V), settings.seed)
@@ -129,7 +148,7 @@ def descend(
                     nll_B = fused_losses(model, batch)
                 # DDP averages over the ranks; the shares sum to one over all of them.
                 scaler.scale((share_B.to(nll_B.device) * nll_B).sum() * accelerator.num_processes).backward()
-        for master, parameter in zip(masters, trained, strict=True):
+        for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter and parameter.grad is not None:
                 master.grad, parameter.grad = parameter.grad.float(), None
         scaler.unscale_(optimizer)
@@ -138,7 +157,7 @@ def descend(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        for master, parameter in zip(masters, trained, strict=True):
+        for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter:
                 parameter.data.copy_(master)
         if step + 1 in num_steps:
@@ -191,20 +210,21 @@ class Scout:
     """The model after a descent of the validation loss alone, called back whenever there are rows to score.
 
     At most two copies of the trainable parameters (with LoRA the adapter alone) are kept, on the CPU: the scout's, and
-    those of the base model. Without parameters of its own it measures the base model only.
+    those of the base model. Of a sharded model each rank keeps its shards. Without parameters of its own it measures
+    the base model only.
 
     Args:
         model: as it is before training.
         batches: of its trainer.
         batch_size: rows measured at a time and rank.
-        keep: keep both copies, so that rows can be scored after training has begun.
+        keep: keep both copies, so that rows can be scored after training has begun (see `remember_base`).
         show_progress: bars over descents and measurements.
     """
 
     def __init__(self, model: nn.Module, batches: Batches, *, batch_size: int, keep: bool, show_progress: bool):
         self.model, self.batches, self.keep = model, batches, keep
         self.batch_size, self.show_progress = batch_size, show_progress
-        self.base_parameters = trainable_parameters(model) if keep else {}
+        self.base_parameters: Parameters = {}
         self.parameters: Parameters = {}
         self.finding: Finding | None = None
 
@@ -228,6 +248,11 @@ class Scout:
         with put_back(self.model, self.base_parameters or None):
             yield descend(model, self.batches, ids_V, settings, learning_rate=rate, num_steps=num_steps, title=title)
 
+    def remember_base(self) -> None:
+        """Keep the model as it is as the base model, where both copies are kept; only the first call does."""
+        if self.keep and not self.base_parameters:
+            self.base_parameters = trainable_parameters(self.model)
+
     def present_losses(self, rows: Dataset, title: str = "") -> Tensor:
         """Token-mean losses (R, float32) of prepared rows by the model as it is."""
         title, collate = title if self.show_progress else "", self.batches.collate_rows
@@ -250,11 +275,20 @@ class Scout:
         return torch.from_numpy(self.finding.calibration.p_right(score_R.numpy())).float()
 
     def save(self, path: Path) -> None:
-        """Write the scout's parameters and what its scores mean; the base model is the one that the run starts from."""
+        """Write the scout's parameters and what its scores mean; the base model is the one that the run starts from.
+
+        Called on all ranks, as each may have shards; the main one gathers them on its CPU and writes.
+        """
         assert self.finding
-        tensors = {name: value.contiguous() for name, value in self.parameters.items()}
+        tensors, is_main = self.parameters, self.accelerator.is_main_process
+        if is_sharded(self.model):
+            with exchanged(self.model, self.parameters):
+                whole_parameters = ((name, whole(parameter)) for name, parameter in trained(self.model).items())
+                tensors = {name: value.to("cpu", copy=True) for name, value in whole_parameters if is_main}
         metadata = {"finding": self.finding.to_json()}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        if is_main:
+            write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     def load(self, path: Path) -> None:
         """Inverse of `save`.
@@ -264,8 +298,9 @@ class Scout:
         """
         if not path.is_file():
             raise ValueError(f"{path} is missing: without the scout new responses cannot be scored; start the run anew")
-        self.parameters = load_file(path)
+        own = trained(self.model)
         with safe_open(path, "pt") as file:
             self.finding = Finding.from_json(file.metadata()["finding"])
-        if self.parameters.keys() != {name for name, p in self.model.named_parameters() if p.requires_grad}:
-            raise ValueError(f"{path} belongs to another model: start the run anew")
+            if own.keys() != set(file.keys()):
+                raise ValueError(f"{path} belongs to another model: start the run anew")
+            self.parameters = {name: local_part_of(file.get_tensor(name), p) for name, p in own.items()}
