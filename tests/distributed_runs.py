@@ -18,6 +18,14 @@ from tamis.ranks import trained, whole
 COMMON = {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2.0}
 REFINING = {"refine_fraction": 0.5, "refine_start": 0, "refine_every": 2, "num_generations": 2, "max_new_tokens": 4}
 SAVED = ONE_TRIAL | REFINING | {"save_strategy": "steps", "save_steps": 5}  # of ten
+# Its responses seldom end: it needs more of them, and longer ones.
+LORA = {
+    "peft_config": True,
+    "refine_policy": "random",
+    "gradient_accumulation_steps": 2,
+    "num_generations": 4,
+    "max_new_tokens": 16,
+}
 FOLLOWING = {"selector": "mirror", "selector_learning_rate": 0.1}
 RUNS = {
     "scores follow the steps": FOLLOWING,
@@ -26,7 +34,7 @@ RUNS = {
     "tracked": FOLLOWING | {"reference": "tracked", "reference_learning_rate": 1e-4},
     "refining": FOLLOWING | REFINING,
     "scouted, refining": SAVED,
-    "lora": ONE_TRIAL | REFINING | {"peft_config": True, "refine_policy": "random", "gradient_accumulation_steps": 2},
+    "lora": ONE_TRIAL | REFINING | LORA,
     "resumed": SAVED | {"resumes": "scouted, refining"},  # of the two ranks, on either
 }
 # On two ranks only, and last: the process stays with FSDP. Torch cannot load the state of SGD, which has none.

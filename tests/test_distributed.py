@@ -101,4 +101,5 @@ def test_both_ranks_know_the_same(found, name):
 def test_rows_were_refined(found, name):
     responses = found[0][name, 0]["responses"]
     assert responses and len(responses) <= round(REFINING["refine_fraction"] * 19)
-    assert all(1 <= len(of_row) <= REFINING["num_generations"] for of_row in responses.values())
+    num_generations = RUNS[name]["num_generations"]
+    assert all(1 <= len(of_row) <= num_generations for of_row in responses.values())

@@ -172,7 +172,7 @@ def test_what_a_sharded_model_cannot_do_is_refused(tmp_path, monkeypatch, by_lau
                 args.fsdp_plugin_args = {"fsdp_version": int(version)}
             check(args)
 
-    for engine, version in (("fsdp", "2"), ("fsdp", "1"), ("deepspeed", "")):
+    for engine, version in (("fsdp", "2"), ("fsdp", "1"), ("deepspeed", "2")):
         check_sharded(engine, version, selector="none")
         check_sharded(engine, version, reference="zero", selector="mirror")
         for reference in ("base", "tracked"):
@@ -183,7 +183,7 @@ def test_what_a_sharded_model_cannot_do_is_refused(tmp_path, monkeypatch, by_lau
         with pytest.raises(ValueError, match="set `fsdp_version: 2`"):
             check_sharded("fsdp", "1", **settings)
         with pytest.raises(ValueError, match="DeepSpeed keeps gradients and optimizer to itself"):
-            check_sharded("deepspeed", "", **settings)
+            check_sharded("deepspeed", **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"refine_fraction": 0.5}])
