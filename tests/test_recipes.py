@@ -1,4 +1,4 @@
-"""The recipes are what `tamis train` takes, their figures are computed, and their twins run."""
+"""The recipes are what `tamis train` takes, and the memory that their headers name is computed."""
 
 import sys
 from pathlib import Path
