@@ -228,17 +228,17 @@ def test_a_refresh_puts_new_responses_in_place_of_the_lowest_ones():
     for i, first in ((2, "2"), (4, "4")):
         refined = refiner.buffer.rows[i]
         assert (refined.step, refined.original_score) == (2, {2: -1.0, 4: -2.0}[i])
-        assert [r.token_ids for r in refined.responses] == [ids(f"h{first}."), ids(f"i{first}.")]
+        assert [list(r.token_ids) for r in refined.responses] == [ids(f"h{first}."), ids(f"i{first}.")]
         for response in refined.responses:
             prompt = ids(PROMPTS[i])
-            labels = [-100] * len(prompt) + response.token_ids
-            log_prob = -3 * plain_loss(refiner.model, prompt + response.token_ids, labels).item()
+            labels = [-100] * len(prompt) + list(response.token_ids)
+            log_prob = -3 * plain_loss(refiner.model, prompt + list(response.token_ids), labels).item()
             assert response.generator_log_prob == pytest.approx(log_prob, abs=1e-5)
             assert math.isnan(response.reference_loss), "nothing has measured it"
     assert [record["example_id"] for record in records] == [2, 4]
     for record in records:
         refined = refiner.buffer.rows[record["example_id"]]
-        assert record["token_ids"] == [r.token_ids for r in refined.responses]
+        assert record["token_ids"] == [list(r.token_ids) for r in refined.responses]
         assert record["log_probs"] == [r.sampling_log_prob for r in refined.responses]
         assert record["log_probs"] != [r.generator_log_prob for r in refined.responses], "drawn at another temperature"
         assert record["response_weights"] == pytest.approx(refiner.buffer.weights(record["example_id"]).tolist())
@@ -266,7 +266,7 @@ def test_only_usable_responses_are_trained_on():
     assert [record["statuses"] for record in records] == [list(STATUSES.values())] * 2
     assert [record["response_weights"] for record in records] == [[0, 0, 0, 0, 1]] * 2
     for i in (2, 4):
-        assert [r.token_ids for r in refiner.buffer.rows[i].responses] == [ids("a.")]
+        assert [list(r.token_ids) for r in refiner.buffer.rows[i].responses] == [ids("a.")]
     history = refiner.history
     assert (history["refine/empty"], history["refine/unfinished"], history["refine/too_long"]) == (0.4, 0.2, 0.2)
     assert history["refine/num_rows"] == 2 and history["refine/num_without_usable_response"] == 0
@@ -510,7 +510,7 @@ def test_rows_of_a_step_carry_the_chosen_responses():
         for place, i in ((1, 4), (3, 2)):
             chosen, prompt = int(known.responses_L[place]), ids(PROMPTS[i])
             assert chosen == refiner.buffer.choose(i, step)
-            response_ids = refiner.buffer.rows[i].responses[chosen].token_ids
+            response_ids = list(refiner.buffer.rows[i].responses[chosen].token_ids)
             assert rows[place] == {
                 "input_ids": prompt + response_ids,
                 "labels": [-100] * len(prompt) + response_ids,

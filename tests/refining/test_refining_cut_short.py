@@ -11,6 +11,7 @@ from conftest import Kill, Killed, assert_close, lora, parameters, read_jsonl, t
 from scripted import letters
 from test_trainer_refining import REFINING, refinements, spy_on_steps
 
+from tamis.losses import trainable_parameters
 from tamis.recorder import last_complete_checkpoint
 from tamis.refining.generation import GenerationError
 from tamis.selection.calibration import fit
@@ -162,12 +163,13 @@ def test_the_scout_goes_along_to_another_folder(run, tmp_path):
 
 
 def test_a_scout_of_another_model_is_refused(run, tmp_path):
-    full, adapter = run("full").weighting.scout, run("lora", peft_config=True).weighting.scout
-    full.parameters, scores = full.base_parameters, np.arange(9.0)
+    trainer, adapter, scores = run("full"), run("lora", peft_config=True).weighting.scout, np.arange(9.0)
+    full = trainer.weighting.scout
+    full.parameters = trainable_parameters(trainer.model)
     full.finding = Finding(1e-3, 4, 1.0, fit(scores, scores), 0.9)
     full.save(tmp_path / "scout.safetensors")
     full.load(tmp_path / "scout.safetensors")
-    assert_close(full.parameters, full.base_parameters, atol=0)
+    assert_close(full.parameters, trainable_parameters(trainer.model), atol=0)
     with pytest.raises(ValueError, match=r"scout.safetensors belongs to another model"):
         adapter.load(tmp_path / "scout.safetensors")
 

@@ -102,7 +102,7 @@ def test_every_generated_response_is_multiplied_by_its_coefficient(bilevel, scri
         importance.append(weights[i] / (8 / 6))
         if i in when_drawn:
             responses, j = when_drawn[i].responses, chosen[i]
-            row = as_row(token_ids(train[i]["prompt"]), responses[j].token_ids)
+            row = as_row(token_ids(train[i]["prompt"]), list(responses[j].token_ids))
             present = -plain_loss(trainer.model, **row).item()
             before = responses[j].generator_log_prob / len(responses[j].token_ids)
             importance[-1] = min(math.exp((present - before) / tau), cap)  # a refined row's own weight is one
@@ -210,7 +210,7 @@ def test_the_step_after_a_refresh_trains_on_the_new_responses(bilevel, script, n
             num_tokens.append(len(row) - len(prompt))
             if i in batch["refined"]:
                 num_refined[batch["step"]] += 1
-                assert row == prompt + batch["refined"][i].responses[chosen].token_ids and row[len(prompt)] == letter
+                assert row == [*prompt, *batch["refined"][i].responses[chosen].token_ids] and row[len(prompt)] == letter
             else:
                 assert chosen == -1 and row == prompt + token_ids(TRAIN[i]["completion"] + ".")
         assert rows.num_tokens_B[: rows.num_training].tolist() == num_tokens
@@ -328,7 +328,7 @@ def test_reference_losses_of_original_responses_stay_theirs(bilevel, script, is_
         assert math.isnan(loss) or loss == pytest.approx(original[i], abs=1e-5)
     for i, refined in trainer.weighting.refiner.buffer.rows.items():
         for response in refined.responses:
-            row = as_row(token_ids(TRAIN[i]["prompt"]), response.token_ids)
+            row = as_row(token_ids(TRAIN[i]["prompt"]), list(response.token_ids))
             assert response.reference_loss == pytest.approx(plain_loss(base, **row).item(), abs=1e-5)
 
 
@@ -379,8 +379,8 @@ def test_responses_are_visited_as_often_as_they_are_right(bilevel, script, tmp_p
     trainer.train()
     for step, batch in enumerate(seen):
         for i, refined in batch["refined"].items():
-            right = [r.p_right for r in refined.responses if r.token_ids == token_ids("xx.")]
-            wrong = [r.p_right for r in refined.responses if r.token_ids == token_ids("yy.")]
+            right = [r.p_right for r in refined.responses if list(r.token_ids) == token_ids("xx.")]
+            wrong = [r.p_right for r in refined.responses if list(r.token_ids) == token_ids("yy.")]
             assert min(right) > 0.9 and max(wrong, default=0) < 0.2 and len(right) == (1 if step < 2 else 3)
             assert i >= 6 and len(batch["refined"]) == 6
     assert torch.equal(visits[0], visits[1]) and torch.equal(visits[2], visits[3])

@@ -329,7 +329,7 @@ class Refiner:
         for i in batch.training_ids:
             if i in self.buffer.rows:
                 chosen = self.buffer.choose(i, step)
-                found[i] = Substitute(chosen, self.buffer.rows[i].responses[chosen].token_ids)
+                found[i] = Substitute(chosen, list(self.buffer.rows[i].responses[chosen].token_ids))
         return MicroBatch(batch.training_ids, batch.validation_ids, found)
 
     def reference_losses(self, rows: BatchRows) -> Tensor:

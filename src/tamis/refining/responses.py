@@ -8,34 +8,40 @@ Shape suffixes: R generated responses, G responses of one row.
 """
 
 import math
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tamis.bilevel import importance_ratio, response_weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Response:
     """One generated response and what is known of it. Log-probabilities are sums over its tokens, in nats.
 
     Attributes:
-        token_ids: exactly as generated.
+        token_ids: exactly as generated; kept as int32, a tenth of the memory of a list.
         sampling_log_prob: under the distribution it was drawn from.
         generator_log_prob: under the model that generated it, at temperature 1.
         reference_loss: nats per token, by the reference; NaN where that is computed along the steps.
         p_right: probability that it is right, by the scout; one where there is none.
     """
 
-    token_ids: list[int]
+    token_ids: Sequence[int]
     sampling_log_prob: float
     generator_log_prob: float
     reference_loss: float = math.nan
     p_right: float = 1.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", array("i", self.token_ids))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class RefinedRow:
     """A row that trains on generated responses.
 
@@ -115,7 +121,7 @@ class ResponseBuffer:
             "example_id_R": torch.tensor([i for i, _, _ in flat], dtype=torch.int64),
             "step_R": torch.tensor([row.step for _, row, _ in flat], dtype=torch.int64),
             "num_tokens_R": torch.tensor([len(r.token_ids) for _, _, r in flat], dtype=torch.int64),
-            "token_ids": torch.tensor([t for _, _, r in flat for t in r.token_ids], dtype=torch.int32),
+            "token_ids": torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *(r.token_ids for _, _, r in flat)])),
             "numbers_R": torch.tensor(numbers, dtype=torch.float64).reshape(len(flat), 5),
         }
 
@@ -127,4 +133,4 @@ class ResponseBuffer:
             state["example_id_R"].tolist(), state["step_R"].tolist(), tokens, state["numbers_R"].tolist(), strict=True
         ):
             row = self.rows.setdefault(example_id, RefinedRow(step, original_score, []))
-            row.responses.append(Response(token_ids.tolist(), *numbers))
+            row.responses.append(Response(token_ids.numpy(), *numbers))
