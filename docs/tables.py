@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 
 from suite_summary import MIN_GAP, describe, group_cells  # noqa: E402
 from tables_of_costs import COSTS, as_table  # noqa: E402
+from tables_of_recipes import recipes_table  # noqa: E402
 
 DOCUMENTS = (
     ROOT / "README.md",
@@ -402,6 +403,7 @@ def fill(text: str) -> str:
             "llm.scouting": llm_scouting_table,
             "llm.losses": llm_losses_table,
             "llm_samples": llm_samples,
+            "recipes": recipes_table,
             "theory.solutions": theory_solutions_table,
             "theory.not_separable": theory_not_separable_table,
             "theory.posterior": theory_posterior_table,
