@@ -13,16 +13,17 @@
 #include <time.h>
 #include <unistd.h>
 
-static char root[PATH_MAX];
+static char root[PATH_MAX], counted[PATH_MAX];
 static int record = -1, failure; /* an errno; -1: SIGKILL; 0: none */
 static long number, failing;
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-/* Watch `folder`, and let the write with this number (from 1) fail so; `file` gets one line for each. */
-void watch_writes(const char *folder, const char *file, long at, int how) {
+/* Watch `folder`; `file` gets a line for each write. Of those with `of` in their path let that number (from 1) fail. */
+void watch_writes(const char *folder, const char *file, const char *of, long at, int how) {
     record = REAL(open)(file, O_WRONLY | O_CREAT | O_APPEND, 0666);
     failing = at, failure = how;
+    strncpy(counted, of, sizeof counted - 1);
     strncpy(root, folder, sizeof root - 1);
 }
 
@@ -35,7 +36,7 @@ static int met(const char *kind, const char *path) {
     clock_gettime(CLOCK_MONOTONIC, &now);
     int size = snprintf(line, sizeof line, "%ld.%09ld %s %s\n", (long)now.tv_sec, now.tv_nsec, kind, path + length + 1);
     REAL(write)(record, line, size);
-    return ++number == failing ? failure : 0;
+    return strstr(path + length, counted) && ++number == failing ? failure : 0;
 }
 
 static int fails(const char *kind, const char *path) {

@@ -17,8 +17,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,18 @@ RESUME = ("--resume_from_checkpoint", "last")
 _OF_THE_CLOCK = re.compile("runtime|per_second|seconds|^train_loss$|^total_flos$")
 _TEMPORARY = re.compile(r"\.(.+)\.\w{8}\.tmp$|\.tmp\w{6}$")
 
+# Lines of the log, evaluations and checkpoints at steps that do not go together.
 OPTIONS = (
     "--per_device_train_batch_size", "4", "--use_cpu", "--bf16", "false", "--report_to", "none",
-    "--learning_rate", "1e-2", "--max_steps", "12", "--scout_epochs", "4", "--logging_steps", "2",
-    "--eval_strategy", "steps", "--eval_steps", "6", "--save_strategy", "steps", "--save_steps", "3",
-    "--save_total_limit", "2",
+    "--learning_rate", "1e-2", "--max_steps", "8", "--logging_steps", "3", "--eval_strategy", "steps",
+    "--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "2",
+    "--scout_learning_rate", "1e-2", "--scout_epochs", "8",
 )  # fmt: skip
-SCENARIOS = {
+SCENARIOS: dict[str, tuple[str, ...]] = {
     "offline": (),
-    "LoRA, dropout": ("--use_peft", "--lora_dropout", "0.3", "--lora_target_modules", "q_proj", "v_proj"),
+    "LoRA with dropout": ("--use_peft", "--lora_dropout", "0.3", "--lora_target_modules", "q_proj", "v_proj"),
     "refining": (
-        "--refine_fraction", "0.5", "--refine_start", "0.2", "--refine_every", "4", "--num_generations", "2",
+        "--refine_fraction", "0.5", "--refine_start", "0.2", "--refine_every", "2", "--num_generations", "2",
         "--max_new_tokens", "4",
     ),
 }  # fmt: skip
@@ -84,6 +85,7 @@ class Death:
 
     Attributes:
         at: the number of a write, from 1.
+        of: count only writes with this in their path.
         how: an errno with which it fails; `SIGKILL` kills half way through it.
         after_s: kill only so many seconds after this write, from outside; None: at the write itself.
     """
@@ -91,6 +93,7 @@ class Death:
     at: int = 0
     how: int = 0
     after_s: float | None = None
+    of: str = ""
 
 
 NEVER = Death()
@@ -102,7 +105,7 @@ def _live(arguments: list[str], output_dir: str, said: str, record: str, death: 
     os.dup2(file, 1)
     os.dup2(file, 2)
     how = death.how if death.after_s is None else 0
-    ctypes.CDLL(None).watch_writes(output_dir.encode(), record.encode(), death.at, how)
+    ctypes.CDLL(None).watch_writes(output_dir.encode(), record.encode(), death.of.encode(), death.at, how)
     from tamis.cli import main
 
     sys.exit(main(arguments))
@@ -114,12 +117,20 @@ class Write:
 
     Attributes:
         at_s: seconds of the machine's clock.
-        name: of the file, where it is a temporary one, that which it becomes.
+        path: in the output directory.
     """
 
     at_s: float
     kind: str
-    name: str
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The path without what differs: a temporary file as what it becomes, a checkpoint without its step."""
+        folder, _, name = re.sub(r"^checkpoint-\d+", "checkpoint", self.path).rpartition("/")
+        if temporary := _TEMPORARY.search(name):
+            name = temporary[1] or "*.safetensors"
+        return f"{folder}/{name}" if folder else name
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,12 @@ class Life:
     exit_code: int
     said: str
     writes: list[Write]
+
+    @property
+    def last_words(self) -> str:
+        """The line of the command, or whatever else it ended with."""
+        lines = self.said.splitlines()
+        return next((line for line in lines if line.startswith("tamis ")), lines[-1] if lines else "")
 
 
 class Runs:
@@ -156,7 +173,7 @@ class Runs:
             process.join(death.after_s)
             process.kill()
         process.join()
-        writes = [Write(float(at), kind, _named(path)) for at, kind, path in map(str.split, _recorded(record))]
+        writes = [Write(float(at), kind, path) for at, kind, path in map(str.split, _recorded(record))]
         return Life(process.exitcode, said.read_text(encoding="utf-8") if said.exists() else "", writes)
 
     def resume(self, name: str, death: Death = NEVER) -> Life:
@@ -187,46 +204,37 @@ def _recorded(record: Path) -> list[str]:
     return text.splitlines()[: text.count("\n")]
 
 
-def _named(path: str) -> str:
-    """A temporary file by the name that it will have; a checkpoint without its step."""
-    folder, _, name = path.rpartition("/")
-    if temporary := _TEMPORARY.search(name):
-        name = temporary[1] or "*.safetensors"
-    folder = re.sub(r"^checkpoint-\d+", "checkpoint", folder)
-    return f"{folder}/{name}" if folder else re.sub(r"^checkpoint-\d+$", "checkpoint", name)
-
-
 # --- deaths -----------------------------------------------------------------------------------------------------------
 
-Aim = Callable[[Write], bool]
-AIMS: dict[str, Aim] = {
-    "a checkpoint": lambda write: write.name.startswith("checkpoint"),
-    "weights": lambda write: write.name == "weights.parquet",
-    "any file": lambda write: True,
-}
 
-
-def any_moment(writes: list[Write], dice: random.Random) -> Death:
-    """A kill at any time from the first write of such a run to its last."""
+def at_any_moment(writes: list[Write], dice: random.Random) -> Death:
+    """A kill at any time between the first of these writes and the last."""
     moment = dice.uniform(writes[0].at_s, writes[-1].at_s)
     at = sum(write.at_s <= moment for write in writes)
     return Death(at, SIGKILL, moment - writes[at - 1].at_s)
 
 
 def while_scouting(writes: list[Write], dice: random.Random) -> Death:
-    """A kill between the first line of the run and what its scout has found."""
-    last = next(i for i, write in enumerate(writes) if write.name == "scout_scores.parquet")
-    first = next(i for i, write in enumerate(writes) if write.kind == "rename") + 1
-    return (
-        any_moment(writes[first - 1 : last], dice)
-        if last > first
-        else Death(first, SIGKILL, dice.uniform(0, writes[last].at_s - writes[first - 1].at_s))
-    )
+    """A kill between the configuration of a run and what its scout has found, or while that is written."""
+    first = next(i for i, write in enumerate(writes) if write.kind == "rename")
+    last = next(i for i, write in enumerate(writes) if write.name == "weights.parquet")
+    death = at_any_moment(writes[first:last], dice)
+    return replace(death, at=death.at + first)
 
 
-def within_a_write(writes: list[Write], dice: random.Random, aim: Aim) -> Death:
-    """A kill half way through a write, of those that `aim` takes."""
-    return Death(dice.choice([i for i, write in enumerate(writes, 1) if aim(write)]), SIGKILL)
+def within_a_write(writes: list[Write], dice: random.Random, of: str = "") -> Death:
+    """A kill half way through a write of a file with ``of`` in its path."""
+    number = sum(of in write.path for write in writes)
+    return Death(dice.randint(1, number), SIGKILL, of=of)
+
+
+AIMS: dict[str, Callable[[list[Write], random.Random], Death]] = {
+    "at any moment": at_any_moment,
+    "while scouting": while_scouting,
+    "within a write of a checkpoint": partial(within_a_write, of="checkpoint-"),
+    "within a write of the weights": partial(within_a_write, of="weights.parquet"),
+    "within any write": within_a_write,
+}
 
 
 # --- what a run has left ----------------------------------------------------------------------------------------------

@@ -330,7 +330,7 @@ def test_rows_that_cannot_be_trained_on(text, message, folder, capfd):
 # What goes wrong under way: the exception of a library, the exit code, and what the line says.
 FAILURES = [
     (OSError(errno.ENOSPC, "No space left on device", "run/model"), 1, "the disk is full (run/model): make room"),
-    (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), 1, "the disk is full"),
+    (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), 1, "cannot be written"),
     (MemoryError(), 1, "out of memory: lower --per_device_train_batch_size"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory: lower"),
     (PermissionError(errno.EACCES, "Permission denied", "run"), 2, "run: Permission denied"),
@@ -507,7 +507,7 @@ def test_a_full_disk_is_seen_through_what_came_after_it(folder, monkeypatch, cap
 
     monkeypatch.setattr("tamis.run.BilevelTrainer.__init__", save)
     assert run([]) == 1
-    assert "the disk is full: make room" in error_of(capfd)
+    assert "a file cannot be written (the disk is full, or does not work): see to the disk" in error_of(capfd)
 
 
 def test_the_table_is_long():

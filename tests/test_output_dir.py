@@ -64,6 +64,17 @@ def test_a_directory_may_be_claimed_within_its_claim(tmp_path):
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_what_a_killed_process_left_in_the_middle_of_a_write_is_cleared_away(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    kept = [tmp_path / "README.md", tmp_path / "checkpoint-2" / "notes.tmp"]
+    left = [tmp_path / ".weights.parquet.abcdefgh.tmp", tmp_path / ".tmpa1B2c3", tmp_path / "checkpoint-2/.tmpa1B2c3"]
+    for path in (*left, *kept, tmp_path / ".README.md.kept"):
+        path.write_text(path.name)
+    with claimed(tmp_path):
+        assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+    assert kept[0].read_text() == ".README.md.kept", "it was put aside while a library wrote its own"
+
+
 def test_only_the_main_process_claims(bilevel, tmp_path, monkeypatch):
     trainer = bilevel(pairs(4), **MIXING, output_dir=str(tmp_path / "run"), max_steps=1)
     trainer.recorder = None

@@ -326,7 +326,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch(run, tmp_path):
 
 
 @pytest.mark.parametrize("state", [None, '{"global_step": 4, "epo'])
-def test_a_half_written_checkpoint_is_passed_over(run, tmp_path, state):
+def test_a_half_written_checkpoint_is_passed_over(run, tmp_path, state, caplog):
     cut_short(run)
     folder = tmp_path / "cut"
     half = folder / "checkpoint-4"
@@ -336,6 +336,7 @@ def test_a_half_written_checkpoint_is_passed_over(run, tmp_path, state):
     if state is not None:
         (half / "trainer_state.json").write_text(state)
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert f"{half} was cut off while it was written: skipped" in caplog.text
     assert checkpoint_step(folder / "checkpoint-2") == 2
     resumed = run("cut")
     resumed.train(resume_from_checkpoint=True)

@@ -50,6 +50,15 @@ def test_a_finished_run_may_go_on_for_more_steps(train, tmp_path, caplog):
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run_info"]["finished_step"] == 3
 
 
+def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(train, tmp_path, capfd):
+    saving = (*STATIC, "--save_strategy", "no")
+    assert train(*saving, "--max_steps", "2") == 0
+    before = contents(tmp_path / "run")
+    assert train(*saving, "--max_steps", "3", *LAST) == 2
+    assert "holds no complete checkpoint to resume from" in capfd.readouterr().err
+    assert contents(tmp_path / "run") == before
+
+
 def test_other_rows_are_refused_although_the_run_is_finished(train, tmp_path, capfd):
     saving = (*STATIC, "--save_strategy", "epoch", "--max_steps", "2")
     assert train(*saving) == 0

@@ -30,7 +30,8 @@ def test_scoring_gives_the_weights_of_training_and_trains_nothing(bilevel_files,
     for name in ("content_hash", "weight", "p_right", "score", "kept"):
         assert found[name].equals(expected[name]), name
     assert sorted(path.name for path in scored.iterdir()) == [
-        "config.yaml", "metrics.jsonl", "scout.json", "scout_scores.parquet", "weights.parquet",
+        "config.yaml", "metrics.jsonl", "scout.json", "scout_scores.parquet", "scout_trials.safetensors",
+        "weights.parquet",
     ]  # fmt: skip
     assert (scored / "scout.json").read_bytes() == (trained / "scout.json").read_bytes()
 

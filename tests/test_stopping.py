@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM, as a terminal and a scheduler send them to `tamis train`."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,15 +86,26 @@ def test_a_run_that_was_stopped_twice_ends_as_if_nothing_had_happened(command, t
     assert [line["step"] for line in metrics[0]] == list(range(1, 91)) and metrics[0] == metrics[1]
 
 
-def test_while_scouting_nothing_is_left_that_stands_in_the_way(command, tmp_path):
-    long = ("--max_steps", "2", "--scout_epochs", "40")
-    code, errors = stopped(command("run", *long), signal.SIGINT, after=tmp_path / "run" / "config.yaml")
+def test_scouting_that_was_stopped_goes_on(command, tmp_path, caplog):
+    long = ("--max_steps", "2", "--scout_epochs", "40", "--scout_learning_rate", "1e-2")
+    code, errors = stopped(command("run", *long), signal.SIGINT, after=tmp_path / "run" / "scout_trials.safetensors")
     assert code == 130 and last_words(errors).endswith(
         "stopped by Ctrl-C, before the first step: the same command starts again"
     )
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "scout_trials.safetensors"]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["max_steps"] == 2
+    for again in ((), ("--resume_from_checkpoint", "last")):
+        shutil.copytree(tmp_path / "run", tmp_path / f"run{len(again)}")
+        caplog.clear()
+        assert main(command(f"run{len(again)}", *long, *again)) == 0
+        assert "scouting goes on: " in caplog.text
+    caplog.clear()
     assert main(command("run", "--max_steps", "2", *SCOUT)) == 0
+    assert "scouting goes on" not in caplog.text, "it is another scout"
+    assert main(command("whole", *long)) == 0
+    for name in ("weights.parquet", "scout.json", "scout_trials.safetensors"):
+        expected = (tmp_path / "whole" / name).read_bytes()
+        assert all((tmp_path / run / name).read_bytes() == expected for run in ("run0", "run2")), name
 
 
 def test_a_signal_waits_where_it_is_told_to_and_a_second_ctrl_c_does_not(capfd):

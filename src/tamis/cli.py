@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             from tamis.errors import explain
 
-            explained = explain(error)
+            explained = explain(error, command)
             if explained is None:
                 raise
             code, text = explained

@@ -11,30 +11,33 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from tamis.checkpoint import ResumableError
+from tamis.files import WriteError, disk_error
 from tamis.losses import NonFiniteLossError
+from tamis.output_dir import was_cut_short
 from tamis.settings import as_flags
 
 _INSTALL = re.compile(r"pip3? install ['\"]?([\w.\[\],<>=-]*[\w\]])")
 _NOT_FOUND = re.compile(r"'([\w.-]*\w)[^']*' distribution was not found")
-# The last two are how torch says that its writer could not write.
-_DISK_FULL = re.compile(
-    "No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing|basic_ios::clear: iostream error"
-)
+_DISK_FULL = re.compile("No space left on device|Disk quota exceeded")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _LONGEST = 300  # characters of a library's message
 
 
-def explain(error: Exception) -> tuple[int, str] | None:
+def explain(error: Exception, command: str = "") -> tuple[int, str] | None:
     """The exit code and the line; None for what is no user's mistake, but ours.
 
     2: the input or the settings cannot work. 1: they can, but the run did not come to its end.
+
+    Args:
+        command: of tamis, that ends with it.
     """
     text = " ".join(str(error).split())
     if isinstance(error, NonFiniteLossError | ResumableError):
         return 1, as_flags(text)
-    if full := next((cause for cause in _chain(error) if _is_disk_full(cause)), None):
-        where = f" ({full.filename})" if isinstance(full, OSError) and full.filename else ""
-        return 1, f"the disk is full{where}: make room, then go on with --resume_from_checkpoint last"
+    if written := next((cause for cause in _chain(error) if _is_of_writing(cause)), None):
+        return 1, _of_writing(written, command)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)
     ):
@@ -85,9 +88,22 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    number = error.errno if isinstance(error, OSError) else None
-    return number in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL.search(str(error)) is not None
+def _is_of_writing(error: BaseException) -> bool:
+    """Also where a library writes for itself; a file that may not be opened is rather one that it wants to read."""
+    number = disk_error(error)
+    return isinstance(error, WriteError) or number in (0, *_FULL) or _DISK_FULL.search(str(error)) is not None
+
+
+def _of_writing(error: BaseException, command: str) -> str:
+    number, path = disk_error(error), getattr(error, "filename", None)
+    folders = Path(path).parents[:2] if path else ()  # a checkpoint is a folder of its own
+    can_resume = command == "train" and any(was_cut_short(folder) for folder in folders)
+    then = "go on with --resume_from_checkpoint last" if can_resume else "run the same command again"
+    if number in _FULL or _DISK_FULL.search(str(error)):
+        return f"the disk is full{f' ({path})' if path else ''}: make room, then {then}"
+    reason = getattr(error, "strerror", None) or "the disk is full, or does not work"
+    remedy = "see to its permissions" if number in _FORBIDDEN else "see to the disk"
+    return f"{path or 'a file'} cannot be written ({reason}): {remedy}, then {then}"
 
 
 def _is_of_template(error: Exception) -> bool:

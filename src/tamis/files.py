@@ -1,30 +1,81 @@
-"""Writing files so that a reader never meets half of one."""
+"""Writing files so that a reader never meets half of one, and that an error says which could not be written."""
 
+import errno
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 # Ours, and those of safetensors, which does the same.
 _TEMPORARY = re.compile(r"\..+\.\w{8}\.tmp|\.tmp\w{6}")
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS)
+# How libraries in other languages pass on the number of an error, and how torch says that it could not write.
+_NUMBER = re.compile(r"\((?:os error|errno) (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+_OF_TORCH = re.compile(
+    "PytorchStreamWriter failed|basic_ios::clear: iostream error|File .* cannot be opened|unexpected pos"
+)
+
+
+class WriteError(OSError):
+    """A file of ours could not be written. What was there before is whole."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it whatever a library says of a write that has failed becomes a `WriteError` that names the file.
+
+    Args:
+        path: what is written; of a folder, any file in it.
+
+    Raises:
+        WriteError: so it was.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        number, name = disk_error(error), getattr(error, "filename", None)
+        named = Path(name).resolve() if isinstance(name, str) else path.resolve()
+        if number is None or not named.is_relative_to(path.resolve().parent):
+            raise
+        file = named if path.is_dir() and named.is_relative_to(path.resolve()) else path
+        reason = os.strerror(number) if number else "the disk is full, or does not work"
+        raise WriteError(number, reason, str(file)) from error
+
+
+def disk_error(error: BaseException) -> int | None:
+    """The errno with which a write has failed, 0 where a library keeps it to itself; None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _NUMBER.search(str(error))):
+        number = int(found[1] or found[2])
+    if number is None and isinstance(error, RuntimeError) and _OF_TORCH.search(str(error)):
+        return 0
+    return number if number in _OF_A_DISK else None
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: ``path`` is old or new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        # mkstemp makes private files; artefacts are as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: ``path`` is old or new, never half.
+
+    Raises:
+        WriteError: the old one stays.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        try:
+            write(Path(temporary))
+            # mkstemp makes private files; artefacts are as readable as any other file of the user.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:

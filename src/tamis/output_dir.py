@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-from tamis.files import remove_temporaries, write_atomically
+from tamis.files import remove_temporaries, write_atomically, writing
 
 logger = logging.getLogger(__name__)
 
+SCOUT_TRIALS = "scout_trials.safetensors"
 LOCK_FILE = "_tamis.lock"  # an upload to the hub leaves out what begins so
 CONFIG_FILES = ("config.yaml", "tamis_config.yaml")  # the second where the first is the user's
 CARD_FILES = ("README.md", "MODEL_CARD.md")
@@ -24,7 +25,7 @@ _KEPT_CARD = ".README.md.kept"  # the user's, while a library writes its own
 EXAMPLE = "inference_example.py"
 _RUN_FILES = (
     "metrics.jsonl", "refinements.parquet", "weights.parquet", "skipped_rows.jsonl", "scout.json",
-    "scout_scores.parquet", "scout.safetensors",
+    "scout_scores.parquet", "scout.safetensors", SCOUT_TRIALS,
 )  # fmt: skip
 _WRITTEN_FILES = (
     *_RUN_FILES, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -55,8 +56,9 @@ def claimed(output_dir: str | Path) -> Iterator[None]:
     if path in _held:
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _held[path] = file = _lock(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _held[path] = file = _lock(path)
     try:
         _clear_away(path.parent)
         yield
@@ -134,8 +136,12 @@ def refuse_earlier_run(output_dir: str | Path) -> None:
         )
 
 
-def remove_earlier_run(output_dir: str | Path) -> None:
-    """Remove what a run of tamis has left, so that nothing of it is taken for a part of the next; other files stay."""
+def remove_earlier_run(output_dir: str | Path, *, keeps_trials: bool) -> None:
+    """Remove what a run of tamis has left, so that nothing of it is taken for a part of the next; other files stay.
+
+    Args:
+        keeps_trials: what its scouts have measured stays, for a run that scouts in the same way.
+    """
     folder = Path(output_dir)
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / "tamis.safetensors").is_file() or (checkpoint / "trainer_state.json").is_file():
@@ -143,7 +149,8 @@ def remove_earlier_run(output_dir: str | Path) -> None:
     is_of_tamis = _is_our_config(config_path(folder))
     for pattern in (*_RUN_FILES, *(_MODEL_FILES if is_of_tamis else ())):
         for path in folder.glob(pattern):
-            path.unlink()
+            if not (keeps_trials and path.name == SCOUT_TRIALS):
+                path.unlink()
 
 
 def mark_finished(output_dir: str | Path, step: int) -> None:

@@ -9,6 +9,7 @@
 | `skipped_rows.jsonl`   | one JSON object per row that was left out: source, row, problem, content                    |
 | `scout.json`           | what scouting found: share of right rows, AUROC to expect, every trial (selector `scout`)   |
 | `scout_scores.parquet` | what it found that by: scores of training rows, and of unseen validation rows               |
+| `scout_trials.safetensors` | losses that trials of scouts have measured: scouting that was cut short goes on there |
 | `scout.safetensors`    | what scores new responses (`tamis.selection.scout`); runs with refining only                |
 
 Files are written under a temporary name and renamed, so that a reader never meets half of one. `metrics.jsonl` is the
@@ -35,7 +36,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 
-from tamis.files import write_atomically
+from tamis.files import write_atomically, writing
 from tamis.output_dir import config_path, was_cut_short, write_config
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,9 @@ class Recorder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. NaN and infinity are written as null: the lines are strict JSON."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.output_dir / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_as_json(record)) + "\n")
 
     def rewind(self, step: int, num_records: int) -> None:

@@ -9,6 +9,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from tamis.files import writing
+
 
 class ResumableTrainer(SFTTrainer):
     """An [`~trl.SFTTrainer`] whose steps, evaluations and log lines are the same whether or not it was interrupted.
@@ -48,7 +50,8 @@ class ResumableTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """One of this step may be there, of an earlier attempt: while its files are replaced it is not complete."""
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        with writing(folder):
+            super()._save_checkpoint(model, trial)

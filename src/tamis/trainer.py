@@ -28,6 +28,7 @@ from tamis.boundaries import one_warning, tokenized_apart
 from tamis.checks import check_settings, settle_arguments
 from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
+from tamis.files import writing
 from tamis.forms import has_customary_columns, is_in_tokens
 from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets, without_repeats
@@ -341,7 +342,7 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer):
             if not resume or Path(resume).resolve().parent != Path(self._output_dir).resolve():
                 if not replaces:
                     refuse_earlier_run(self._output_dir)
-                remove_earlier_run(self._output_dir)
+                remove_earlier_run(self._output_dir, keeps_trials=not self.args.overwrite_output_dir)
             announce_users_files(self._output_dir)
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, announcements))
             self.recorder.write_skipped(self.skipped_rows)
@@ -394,13 +395,14 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer):
             self.weighting.load_state_dict(state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.weighting.left_out_of_saving(), users_card_kept(output_dir or self._output_dir):
+        folder = output_dir or self._output_dir
+        with self.weighting.left_out_of_saving(), users_card_kept(folder), writing(Path(folder)):
             super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """See [`~trl.SFTTrainer`]; the card says how this model is asked, and a `README.md` of the user stays."""
         if self.recorder:
-            with users_card_kept(self._output_dir):
+            with users_card_kept(self._output_dir), writing(Path(self._output_dir)):
                 super().create_model_card(*args, **kwargs)
                 describe(self, Path(self._output_dir) / "README.md")
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from tamis.bilevel import effective_sample_size, penalty_gap
 from tamis.config import DEFAULT_RHO, BilevelConfig, Resolved
 from tamis.losses import stop_if_not_finite
+from tamis.output_dir import SCOUT_TRIALS
 from tamis.recorder import SCOUT_REPORT, SCOUT_SCORES, Recorder
 from tamis.refining.generation import GenerationError, make_generator
 from tamis.refining.refiner import Refiner, make_refiner
@@ -122,6 +123,7 @@ class RowWeighting:
             batch_size=2 * self.args.per_device_train_batch_size,  # no gradients are kept: twice the rows fit
             keep=self.args.refines,
             show_progress=not self.args.disable_tqdm,
+            notes=self.recorder.output_dir / SCOUT_TRIALS if self.recorder else None,
         )
 
     @property

@@ -29,7 +29,7 @@ from tamis.curation.overrides import apply_overrides, read_overrides
 from tamis.curation.refined import USES, NewResponse, read_responses
 from tamis.curation.upload import check_upload, upload
 from tamis.curation.weighed import Source, find_sources, read_weights, weights_path
-from tamis.files import write_atomically
+from tamis.files import write_atomically, writing
 from tamis.summary import rows_kept
 
 logger = logging.getLogger(__name__)
@@ -221,9 +221,10 @@ def _refuse_present(folder: Path, names: list[str], sources: list[Source], overw
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """A folder beside ``folder`` for what is not whole yet."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
-        yield Path(staging)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
+            yield Path(staging)
 
 
 def _put(staged: Path, target: Path) -> None:

@@ -31,7 +31,7 @@ from tamis.config import MAX_SCOUT_EPOCHS, SCOUT_VISITS, BilevelConfig
 from tamis.files import write_atomically
 from tamis.losses import Parameters, exchanged, fused_losses, row_losses, trainable_parameters
 from tamis.progress import track
-from tamis.randomness import EndlessPermutations
+from tamis.randomness import EndlessPermutations, seeded
 from tamis.ranks import is_sharded, local, local_part_of, trained, whole
 from tamis.selection.calibration import Calibration
 from tamis.stream import Batches, MicroBatch
@@ -219,9 +219,20 @@ class Scout:
         batch_size: rows measured at a time and rank.
         keep: keep both copies, so that rows can be scored after training has begun (see `remember_base`).
         show_progress: bars over descents and measurements.
+        notes: file for what its trials measure, see `tamis.selection.trial_notes`.
     """
 
-    def __init__(self, model: nn.Module, batches: Batches, *, batch_size: int, keep: bool, show_progress: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        *,
+        batch_size: int,
+        keep: bool,
+        show_progress: bool,
+        notes: Path | None = None,
+    ):
+        self.notes = notes
         self.model, self.batches, self.keep = model, batches, keep
         self.batch_size, self.show_progress = batch_size, show_progress
         self.base_parameters: Parameters = {}
@@ -243,9 +254,12 @@ class Scout:
         num_steps: Sequence[int],
         title: str,
     ) -> Iterator[Iterator[int]]:
-        """Within it the model is a scout in the making (see `descend`); on leaving it is put back."""
+        """Within it the model is a scout in the making (see `descend`); on leaving it is put back.
+
+        Dropout follows from the seed alone, not from the descents before.
+        """
         title = title if self.show_progress else ""
-        with put_back(self.model, self.base_parameters or None):
+        with put_back(self.model, self.base_parameters or None), seeded(settings.seed, self.accelerator.device):
             yield descend(model, self.batches, ids_V, settings, learning_rate=rate, num_steps=num_steps, title=title)
 
     def remember_base(self) -> None:

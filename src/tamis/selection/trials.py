@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tamis.losses import stop_if_not_finite, trainable_parameters
-from tamis.randomness import permutation, seeded
+from tamis.randomness import permutation
 from tamis.selection.calibration import Calibration, expected_auroc, fit, placed
 from tamis.selection.evidence import Comparison, belief_in, compare, evidence_by_chance
 from tamis.selection.mixture import Array
 from tamis.selection.scout import Finding, Scout, ScoutSettings
+from tamis.selection.trial_notes import TrialNotes
 
 NUM_FOLDS = 4
 MIN_VALIDATION_ROWS = NUM_FOLDS  # of fewer nothing can be learned about rows that were not seen
@@ -157,18 +158,17 @@ def send_scout(
         NonFiniteLossError: the loss of a training row is not finite.
         ValueError: all scouts diverge.
     """
-    with seeded(settings.seed, scout.accelerator.device):
-        trials = run_trials(scout, model, validation_dataset, train_dataset, settings, name_of)
-        best = choose(trials)
-        base_R = torch.zeros(len(train_dataset))
-        if best.base_coefficient:
-            base_R = scout.base_losses(train_dataset, "rows before scouting")
-        ids_V = _validation_ids(scout)
-        with scout.descent(model, ids_V, settings, best.learning_rate, [best.num_steps], "scouting") as steps:
-            list(steps)
-            loss_R = scout.present_losses(train_dataset, "rows after scouting")
-            if scout.keep:
-                scout.parameters = trainable_parameters(scout.model)
+    trials = run_trials(scout, model, validation_dataset, train_dataset, settings, name_of)
+    best = choose(trials)
+    base_R = torch.zeros(len(train_dataset))
+    if best.base_coefficient:
+        base_R = scout.base_losses(train_dataset, "rows before scouting")
+    ids_V = _validation_ids(scout)
+    with scout.descent(model, ids_V, settings, best.learning_rate, [best.num_steps], "scouting") as steps:
+        list(steps)
+        loss_R = scout.present_losses(train_dataset, "rows after scouting")
+        if scout.keep:
+            scout.parameters = trainable_parameters(scout.model)
     score_R = (loss_R.double() - best.base_coefficient * base_R.double()).numpy()
     stop_if_not_finite(torch.from_numpy(score_R), name_of, step=0)
     by_chance = evidence_by_chance([trial.comparison for trial in trials], _folds(len(ids_V), settings), settings.seed)
@@ -226,9 +226,10 @@ def run_trials(
     training_rows = train_dataset.select(sample.tolist())
     base_V, base_S = _array(scout.base_losses(validation_dataset)), _array(scout.base_losses(training_rows))
     stop_if_not_finite(torch.from_numpy(base_S), lambda k: name_of(int(sample[k])), step=0)
+    notes = TrialNotes(scout.notes, scout.accelerator, settings, {"base_V": base_V, "base_S": base_S})
     trials = []
     for rate in settings.learning_rates:
-        for measured in _measure(scout, model, validation_dataset, training_rows, fold_V, settings, rate):
+        for measured in _measure(scout, model, validation_dataset, training_rows, fold_V, settings, rate, notes):
             for coefficient in BASE_COEFFICIENTS:
                 score_V = measured.loss_V - coefficient * base_V
                 score_KS = measured.loss_KS - coefficient * base_S
@@ -284,6 +285,7 @@ def _measure(
     fold_V: NDArray[np.int64],
     settings: ScoutSettings,
     rate: float,
+    notes: TrialNotes,
 ) -> list[Measured]:
     """The scouts of all folds at one rate, measured at each length."""
     ids_V = _validation_ids(scout)
@@ -295,10 +297,13 @@ def _measure(
         unseen_rows = validation_dataset.select(unseen)
         num_steps = _fold_steps(marks, len(seen), len(ids_V))
         title = f"trying scouts, rate {rate:g}, fold {k + 1}/{NUM_FOLDS}"
-        with scout.descent(model, ids_V[torch.from_numpy(seen)], settings, rate, num_steps, title) as steps:
-            for mark, _ in zip(marks, steps, strict=True):
-                loss_V[mark][unseen] = _array(scout.present_losses(unseen_rows))
-                loss_KS[mark].append(_array(scout.present_losses(training_rows)))
+        if (found := notes.find(rate, k)) is None:
+            with scout.descent(model, ids_V[torch.from_numpy(seen)], settings, rate, num_steps, title) as steps:
+                losses = [[_array(scout.present_losses(rows)) for rows in (unseen_rows, training_rows)] for _ in steps]
+            found = notes.add(rate, k, *map(np.stack, zip(*losses, strict=True)))
+        for mark, loss_U, loss_S in zip(marks, *found, strict=True):
+            loss_V[mark][unseen] = loss_U
+            loss_KS[mark].append(loss_S)
     return [Measured(rate, mark, loss_V[mark], np.stack(loss_KS[mark])) for mark in marks]
 
 
