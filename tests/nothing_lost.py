@@ -255,7 +255,8 @@ def _content(path: Path) -> Any:
     if path.suffix == ".parquet":
         return str(pq.read_table(path).to_pydict())  # as text: NaN is not NaN
     if path.suffix == ".safetensors":
-        return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+        tensors = load_file(path)  # of a checkpoint: also what the next line of the log will say of the clock
+        return {name: t.numpy().tobytes() for name, t in tensors.items() if not _OF_THE_CLOCK.search(name)}
     if path.suffix in (".pt", ".pth"):
         return str(_plain(torch.load(path, weights_only=False)))
     if path.name == "training_args.bin" or path.suffix in (".md", ".yaml"):

@@ -19,6 +19,7 @@ class ResumableTrainer(SFTTrainer):
         resumed_log: `log_state` of the checkpoint that the run goes on from; taken up when training begins.
     """
 
+    model: Any
     resumed_log: dict[str, Tensor] = {}
 
     def log_state(self) -> dict[str, Tensor]:
@@ -37,11 +38,17 @@ class ResumableTrainer(SFTTrainer):
         self._metrics["train"] |= {name: tensor.tolist() for name, tensor in log.items()}
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._take_up_log()
         if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
             self.control.should_training_stop = True
             return
-        self._take_up_log()
         super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The last line is that of a training, whether or not there was a step to make, or an evaluation after it."""
+        self._take_up_log()
+        self.model.train()
+        return super()._finalize_training(*args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys: Any, skip_scheduler: bool = False) -> dict[str, float]:
         """Only the evaluation at the start of a run skips the scheduler; one that goes on has had it."""
