@@ -43,7 +43,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(runs, scenario, aim):
     ("error", "kind", "name", "words"),
     [
         (errno.EACCES, "open", "config.yaml", "(Permission denied): see to its permissions, then run the same command"),
-        (errno.ENOSPC, "write", "scout_trials.safetensors", "the disk is full"),
+        (errno.ENOSPC, "rename", "scout_trials.safetensors", "the disk is full"),
         (errno.EIO, "write", "metrics.jsonl", "(Input/output error): see to the disk, then go on with --resume_from"),
         (errno.ENOSPC, "write", "checkpoint/optimizer.pt", "see to the disk, then go on with --resume_from_checkpoint"),
     ],
