@@ -326,7 +326,7 @@ def test_hub_name_with_config(monkeypatch):
         ("a.csv", b"prompt,text,text\na,b,c\n", "a column is named twice in the header prompt, text, text"),
         ("a.parquet", b"PAR1 but no more", "a.parquet: cannot be read as Parquet"),
         ("a.jsonl.gz", b'{"text": "a"}', "a.jsonl.gz: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-9], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-9], "a.jsonl.gz: cannot be read"),
         ("a.txt", b"a", "a.txt: unknown kind of file. Give one of .json, .jsonl, .csv"),
     ],
 )

@@ -113,7 +113,7 @@ def test_there_is_a_verdict_on_every_option():
     assert {f.name for f in fields(SFTConfig)} == set(verdicts) and len(set(verdicts)) == len(verdicts)
 
 
-@pytest.mark.parametrize("name", REFUSED.keys() - {"dataset_text_field"})
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"dataset_text_field"}))
 def test_options_that_are_refused(tmp_path, name):
     value, message = REFUSED[name]
     args = config(tmp_path, **({} if name in SET_LATER else {name: value}))
