@@ -106,7 +106,7 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
             [t.evidence, t.criterion, t.error, *t.rank_V] for t in weighting.outcome.trials
         ],
         "responses": weighting.refiner and {
-            i: [r.token_ids for r in row.responses] for i, row in weighting.refiner.buffer.rows.items()
+            i: [list(r.token_ids) for r in row.responses] for i, row in weighting.refiner.buffer.rows.items()
         },
     }  # fmt: skip
 
