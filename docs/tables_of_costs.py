@@ -1,4 +1,4 @@
-"""Tables of time, memory and size, for `docs/tables.py`."""
+"""Tables of time, memory and size, and of runs that die, for `docs/tables.py`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -83,6 +83,36 @@ def rival_cost_table(results: Results) -> str:
     return as_table("method | forward-equivalents a row | CPU seconds", lines)
 
 
+def kills_table(results: Results) -> str:
+    """One line per run and moment of `benchmarks/kills.py`, and their sum."""
+    stories = [row for row in results["rows"] if row["kind"] == "kills"]
+    keys = dict.fromkeys((row["scenario"], row["aim"]) for row in stories)
+    lines = [[*key, *_deaths([row for row in stories if (row["scenario"], row["aim"]) == key])] for key in keys]
+    lines.append(["**all**", "", *(f"**{cell}**" for cell in _deaths(stories))])
+    return as_table("run | killed | runs | kills | runs that differ", lines)
+
+
+def _deaths(rows: list[dict[str, Any]]) -> list[str]:
+    return [str(len(rows)), str(sum(len(row["after"]) for row in rows)), _differing(rows)]
+
+
+def failures_table(results: Results) -> str:
+    """One line per error of `benchmarks/kills.py`, and their sum."""
+    failures = [row for row in results["rows"] if row["kind"] == "failure"]
+    errors = dict.fromkeys(row["error"] for row in failures)
+    lines = [[f"`{error}`", *_failures([row for row in failures if row["error"] == error])] for error in errors]
+    lines.append(["**all**", *(f"**{cell}**" for cell in _failures(failures))])
+    return as_table("error | writes that failed | clear messages | resumed runs that differ", lines)
+
+
+def _failures(rows: list[dict[str, Any]]) -> list[str]:
+    return [str(len(rows)), str(sum(row["is_clear"] for row in rows)), _differing(rows)]
+
+
+def _differing(rows: list[dict[str, Any]]) -> str:
+    return str(sum(bool(row["differences"]) for row in rows))
+
+
 def _size(num_rows: int, seconds: float, peak_gb: float) -> list[str]:
     return [f"{num_rows:,}", f"{seconds:.0f}", f"{peak_gb * 1e9 / 2**30:.2f}"]
 
@@ -95,4 +125,6 @@ COSTS: dict[str, Callable[[Results], str]] = {
     "selector_scale": selector_scale_table,
     "speed": speed_table,
     "rival_cost": rival_cost_table,
+    "kills.killed": kills_table,
+    "kills.failures": failures_table,
 }
