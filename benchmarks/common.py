@@ -19,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig
 
@@ -96,6 +98,25 @@ def make_small_model(texts: list[str], model_dir: Path, num_steps: int, seed: in
     trainer = PlainTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
     trainer.train_with_bar("pretraining the base model")
     trainer.save_model()
+
+
+def random_model(folder: Path, symbols: Sequence[str], split: PreTokenizer, **sizes: int) -> LlamaForCausalLM:
+    """A Llama of random parameters with a token for each symbol, saved beside its tokenizer.
+
+    Args:
+        symbols: after padding and the end of a text.
+        split: text to symbols.
+        sizes: of the model, see [`~transformers.LlamaConfig`].
+    """
+    ids = {symbol: i for i, symbol in enumerate(["<pad>", "<eos>", *symbols])}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = split
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    set_seed(0)
+    config = LlamaConfig(vocab_size=len(ids), pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return model
 
 
 def train_command(files: dict[str, Path], model_dir: Path, output_dir: Path, *options: str) -> list[str]:

@@ -15,14 +15,14 @@ from typing import Any
 
 import psutil
 import torch
-from common import finish, make_parser
+from common import finish, make_parser, random_model
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from tokenizers.pre_tokenizers import Split
+from transformers import TrainerCallback
 
 from tamis import BilevelConfig, BilevelTrainer
 
-SYMBOLS = ["<pad>", "<eos>", *"0123456789=abcdefghij"]
+SYMBOLS = "0123456789=abcdefghij"
 
 
 class Watch(TrainerCallback):
@@ -50,16 +50,11 @@ class Watch(TrainerCallback):
 
 def make_model(folder: Path) -> str:
     """The model, which ends a response with any letter, and its tokenizer, one token a character."""
-    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(SYMBOLS), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    model = random_model(
+        folder, SYMBOLS, Split("", "isolated"),
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = list(range(1, len(SYMBOLS), 2))
+    model.generation_config.eos_token_id = list(range(1, model.config.vocab_size, 2))
     model.save_pretrained(folder)
     return str(folder)
 

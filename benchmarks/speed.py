@@ -28,17 +28,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import finish, make_parser
+from common import finish, make_parser, random_model
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tamis import BilevelConfig, BilevelTrainer
 
 VOCABULARY, NUM_TOKENS, LONGEST = 2048, 128, 480
-NUM_TRAINING, NUM_VALIDATION, BATCH_SIZE = 128, 16, 8
+NUM_TRAINING, BATCH_SIZE = 128, 8
 SHARED: dict[str, Any] = {
     "use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": [], "disable_tqdm": True,
     "save_strategy": "no", "logging_steps": 1000, "learning_rate": 1e-4, "max_length": 512,
@@ -94,16 +94,11 @@ class Clock(TrainerCallback):
 
 def make_model(folder: Path) -> Path:
     """The model and its tokenizer, one token a word."""
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *map(str, range(VOCABULARY - 2))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6,
-        max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    random_model(
+        folder, [*map(str, range(VOCABULARY - 2))], WhitespaceSplit(),
+        hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6,
+        max_position_embeddings=1024,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -86,7 +86,8 @@ def save_state(
         log: what the next line of `metrics.jsonl` will be made of.
         num_tokens: trained on so far.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in (state | _prefixed(log)).items()}
+    everything = state | {f"{_LOG}{name}": tensor for name, tensor in log.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in everything.items()}
     tensors["num_tokens"] = torch.tensor(num_tokens)
     metadata = {"meaning": json.dumps(identity.meaning), "given": json.dumps(identity.given)}
     write_atomically(Path(checkpoint) / STATE_FILE, lambda path: save_file(tensors, path, metadata))
@@ -98,10 +99,6 @@ def load_state(checkpoint: str | Path) -> tuple[dict[str, Tensor], dict[str, Ten
     num_tokens = int(state.pop("num_tokens"))
     log = {name.removeprefix(_LOG): state.pop(name) for name in list(state) if name.startswith(_LOG)}
     return state, log, num_tokens
-
-
-def _prefixed(log: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{_LOG}{name}": tensor for name, tensor in log.items()}
 
 
 def refuse_foreign(checkpoint: str | Path, identity: RunIdentity) -> None:

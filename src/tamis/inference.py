@@ -251,13 +251,13 @@ def write_example(trainer: Any) -> None:
 
 
 def _data(trainer: Any) -> str:
-    held_out = held_out_datasets(trainer.eval_dataset).values()
+    held_out, table = held_out_datasets(trainer.eval_dataset).values(), trainer._row_table
     num_rows = {
-        "train_dataset": len(trainer.row_weights["row"]),
+        "train_dataset": len(table),
         "validation_dataset": len(trainer.validation_dataset or ()),
         "eval_dataset": sum(map(len, held_out)),
     }
-    sources = [source for source in trainer.row_weights["source"] if source is not None]
+    sources = table["source"].drop_null().unique().to_pylist()
     return data_section(Path(str(trainer.args.output_dir)), num_rows, sources)
 
 

@@ -36,7 +36,7 @@ from tamis.rows import row_name
 from tamis.selection.make import make_row_weights
 from tamis.selection.references import ZeroReference, make_reference
 from tamis.selection.row_weights import RowWeights, ScoutWeights
-from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, make_settings
+from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, make_settings, scout_lengths
 from tamis.selection.selectors import Selector
 from tamis.selection.trials import MIN_VALIDATION_ROWS, Outcome, describe, send_scout
 from tamis.stream import Batches, BatchRows, MicroBatch
@@ -183,8 +183,11 @@ class RowWeighting:
     def scout_settings(self) -> ScoutSettings:
         """How scouts descend the validation rows of this run."""
         assert self.validation_dataset is not None, "checked by the settings"
-        rates = self.resolved.scout_learning_rates
-        return make_settings(self.args, rates, len(self.validation_dataset), self.accelerator.num_processes)
+        args, rates = self.args, self.resolved.scout_learning_rates
+        batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
+        rows_per_step = batch_size * args.micro_batches_per_step
+        num_steps = scout_lengths(len(self.validation_dataset), rows_per_step, args.scout_epochs)
+        return make_settings(args, rates, num_steps, batch_size)
 
     def _send_scout(self, scout: Scout, row_weights: ScoutWeights, model: nn.Module) -> None:
         """Score all rows, and settle their weights: see `tamis.selection.trials`."""

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from tamis.config import BilevelConfig
 from tamis.randomness import permutation, seeded
-from tamis.selection.scout import ScoutSettings, descend, put_back, scout_lengths
+from tamis.selection.scout import descend, make_settings, put_back, scout_lengths
 from tamis.trainer import BilevelTrainer
 from tamis.training_progress import ProgressCallback, use_progress
 
@@ -33,18 +33,9 @@ def adapted_to_validation(trainer: BilevelTrainer) -> Iterator[None]:
     """
     args, batches = trainer.args, trainer.batches
     assert batches.validation is not None, "the trainer has validation rows"
-    batch_size, num_micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    num_steps = scout_lengths(len(batches.validation), batch_size * num_micro_batches, None)[-1:]
-    settings = ScoutSettings(
-        learning_rates=(args.learning_rate,),
-        num_steps=num_steps,
-        betas=(args.adam_beta1, args.adam_beta2),
-        epsilon=args.adam_epsilon,
-        max_grad_norm=args.max_grad_norm,
-        batch_size=batch_size,
-        num_micro_batches=num_micro_batches,
-        seed=args.seed,
-    )
+    batch_size = args.per_device_train_batch_size
+    num_steps = scout_lengths(len(batches.validation), batch_size * args.gradient_accumulation_steps, None)[-1:]
+    settings = make_settings(args, (args.learning_rate,), num_steps, batch_size)
     with put_back(trainer.model), seeded(args.seed, trainer.accelerator.device):
         steps = descend(
             trainer.model, batches, batches.validation.ids, settings,

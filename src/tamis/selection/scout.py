@@ -79,14 +79,12 @@ def scout_lengths(num_validation: int, rows_per_step: int, num_epochs: float | N
 
 
 def make_settings(
-    args: BilevelConfig, learning_rates: tuple[float, ...], num_validation: int, num_ranks: int
+    args: BilevelConfig, learning_rates: tuple[float, ...], num_steps: tuple[int, ...], batch_size: int
 ) -> ScoutSettings:
-    """How scouts descend the validation rows of a run: in batches as large as those of its trusted rows, all ranks'."""
-    batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
-    rows_per_step = batch_size * args.gradient_accumulation_steps * num_ranks
+    """How scouts descend the validation rows: by these rates, lengths and rows of a micro-batch, else as the run."""
     return ScoutSettings(
         learning_rates=learning_rates,
-        num_steps=scout_lengths(num_validation, rows_per_step, args.scout_epochs),
+        num_steps=num_steps,
         betas=(args.adam_beta1, args.adam_beta2),
         epsilon=args.adam_epsilon,
         max_grad_norm=args.max_grad_norm,
