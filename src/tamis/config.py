@@ -291,8 +291,7 @@ class BilevelConfig(SFTConfig):
         size = self.per_device_train_batch_size * self.micro_batches_per_step
         if not scouts or self.rho is not None:
             return size, "as many as training rows"
-        share = num_validation / max(num_training, 1)
-        return min(max(math.ceil(size * share), 1), size), "their share of the data, at least one"
+        return validation_rows_beside(size, num_training, num_validation), "their share of the data, at least one"
 
     @property
     def refines(self) -> bool:
@@ -311,6 +310,15 @@ class BilevelConfig(SFTConfig):
     def uses_validation(self, selector: SelectorTraits | None = None) -> bool:
         """Whether validation rows take any part in the run: in its steps or in scouting."""
         return self.trains_on_validation or self.scouts(selector)
+
+
+def validation_rows_beside(num_rows: int, num_training: int, num_validation: int) -> int:
+    """How many validation rows go with so many training rows in the proportion of the data: at least one, at most all.
+
+    Args:
+        num_training, num_validation: rows of the data.
+    """
+    return min(max(math.ceil(num_rows * num_validation / max(num_training, 1)), 1), num_rows)
 
 
 OWN_FIELDS = [f for f in fields(BilevelConfig) if f.name in BilevelConfig.__annotations__]

@@ -6,7 +6,6 @@ would decide. What is left is that the rows of one method are longer than those 
 of tokens, prompts included and cut rows as they are cut, and each makes as many steps as that takes.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from tamis.check.measure import seconds_per_step
 from tamis.compare.own.contenders import Rows
-from tamis.config import BilevelConfig
+from tamis.config import BilevelConfig, validation_rows_beside
 from tamis.rows import arrow_column
 from tamis.trainer import BilevelTrainer
 
@@ -98,7 +97,7 @@ def lengths_of(trainer: BilevelTrainer, role: str) -> Lengths:
 
 
 def with_trusted_rows(args: BilevelConfig, num_training: int, num_validation: int) -> dict[str, int]:
-    """Settings by which a step with trusted rows has as many rows as one without; none where they cannot be divided.
+    """Settings by which a step with trusted rows has as many rows as one without, or as near as batches can be divided.
 
     The trusted rows have the share ``rho`` of a step, as they have of the objective, and by default that of the data. A
     number of them that the user has set stays.
@@ -106,11 +105,15 @@ def with_trusted_rows(args: BilevelConfig, num_training: int, num_validation: in
     size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if args.per_device_validation_batch_size is not None:
         return {}
+    if args.rho is None:  # as many trusted rows as go with the training rows of a step
+
+        def surplus(candidate: int) -> int:
+            num_rows = candidate * args.micro_batches_per_step
+            return abs(num_rows + validation_rows_beside(num_rows, num_training, num_validation) - rows_per_step(args))
+
+        return {"per_device_train_batch_size": min(range(1, size + 1), key=surplus)}
     if size == 1:
         return {"gradient_accumulation_steps": accumulation // 2} if accumulation % 2 == 0 else {}
-    if args.rho is None:  # the number of trusted rows is left open: it is the scout's batch size too
-        share = num_validation / (num_training + num_validation)
-        return {"per_device_train_batch_size": size - min(max(math.ceil(size * share), 1), size // 2)}
     num_trusted = min(max(round(size * args.rho), 1), size - 1)
     return {"per_device_train_batch_size": size - num_trusted, "per_device_validation_batch_size": num_trusted}
 
