@@ -3,8 +3,8 @@
     python benchmarks/recipes.py --output_dir runs/recipes [--scenarios quality safety hh_rlhf] [--quick]
 
 Each twin is a recipe of `recipes/` for Llama-3, read by the parser of `tamis train`; flags replace the model, the
-files, the rates and the lengths, nothing else. The model is a Llama of 2.2M parameters, pretrained for a moment on
-other rows of Alpaca: nothing here is a figure of a large model. Trusted and held-out rows are of the right kinds:
+files, the rates and the lengths, nothing else. The model is a Llama of 2.2M parameters, pretrained on other rows of
+Alpaca: nothing here is a figure of a large model. Trusted and held-out rows are of the right kinds:
 
 | twin      | recipe    | right kinds                                 | wrong kind                         |
 |-----------|-----------|---------------------------------------------|------------------------------------|
@@ -28,19 +28,22 @@ import numpy as np
 import pyarrow.parquet as pq
 from common import DATA, finish, make_parser, make_small_model, skip_without_data
 from llm_rows import hh_questions, read_alpaca
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from tamis.data import load_rows
 from tamis.files import write_atomically
+from tamis.prompts import ALPACA
 from tamis.run import make_trainer
 from tamis.train_parser import make_train_parser
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RECIPE_OF = {"quality": "quality", "safety": "safety", "hh_rlhf": "safety"}
 MAX_CHARACTERS = 400  # of a row's prompt and of its answer
-PRETRAINING = {"rows": 1600, "steps": 100}
+PRETRAINING = {"rows": 16_000, "steps": 1000}
+QUICK_PRETRAINING = {"rows": 80, "steps": 5}
 Row = dict[str, str]
 # Of `eval` so many are held out of the right kinds, and at most 100 of the wrong one, of which there are few.
-SIZES = {"train": 192, "validation": 48, "eval": 80}
+SIZES = {"train": 576, "validation": 96, "eval": 160}
 QUICK_SIZES = {"train": 24, "validation": 12, "eval": 12}
 FLAGS = """--prompt_template alpaca --max_length 256 --learning_rate 2e-3 --scout_learning_rate 1e-3 --scout_epochs 6
     --refine_every 0.5 --max_new_tokens 64 --bf16 false --dtype float32 --use_cpu --activation_checkpointing false
@@ -144,19 +147,24 @@ def write_parts(parts: dict[str, list[dict[str, Any]]], folder: Path) -> dict[st
     return files
 
 
+def as_text(row: Row) -> str:
+    """A row in the template of the recipes: their models have seen prompts, too."""
+    question = "\n\n### Input:\n".join(text for text in (row["instruction"], row["input"]) if text)
+    message = {"role": "user", "content": question}
+    (prompt,), _ = render_jinja_template([[message]], chat_template=ALPACA, add_generation_prompt=True)
+    return f"{prompt}{row['output']}"
+
+
 def make_model(model_dir: Path, is_quick: bool, seed: int) -> None:
     """Pretrain the small model on rows of Alpaca that are in no twin of this seed."""
     if (model_dir / "config.json").is_file():
         return
     all_parts = [make_parts(twin, QUICK_SIZES if is_quick else SIZES, seed) for twin in KINDS]
     taken = {row["instruction"] for parts in all_parts for rows in parts.values() for row in rows}
-    texts = [
-        "\n".join((row["instruction"], row["input"], row["output"]))
-        for row in alpaca()
-        if is_short(row) and row["instruction"] not in taken
-    ]
-    random.Random(seed).shuffle(texts)
-    make_small_model(texts[: PRETRAINING["rows"]], model_dir, 5 if is_quick else PRETRAINING["steps"], seed)
+    rows = [row for row in alpaca() if is_short(row) and row["instruction"] not in taken]
+    random.Random(seed).shuffle(rows)
+    size = QUICK_PRETRAINING if is_quick else PRETRAINING
+    make_small_model([as_text(row) for row in rows[: size["rows"]]], model_dir, size["steps"], seed)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -169,6 +177,7 @@ def run(recipe: Path, flags: list[str], files: dict[str, Path]) -> tuple[dict[st
     trainer = make_trainer(data, args, model_args, datasets=data.load() | {"eval_dataset": held_out})
     before = trainer.evaluate()
     trainer.train()
+    trainer.save_model()
     return before, trainer.evaluate()
 
 

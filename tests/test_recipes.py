@@ -1,9 +1,10 @@
-"""The recipes are what `tamis train` takes, and the memory that their headers name is computed."""
+"""The recipes are what `tamis train` takes; the memory in their headers is computed; their twins run by them."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 
 from tamis.checks import check_settings
@@ -16,6 +17,8 @@ recipes = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import recipe_memory  # noqa: E402
+
+import recipes as recipe_twins  # noqa: E402
 
 
 def test_both_experiments_are_there_for_both_models():
@@ -51,3 +54,40 @@ def test_the_header_has_the_command_and_the_hardware(path):
 def test_the_memory_in_the_headers_is_computed(model):
     found = f"# Memory: {recipe_memory.memory_of(ROOT / 'recipes' / f'quality_{model}.yaml') / 1e9:.0f} GB "
     assert all(found in path.read_text(encoding="utf-8") for path in RECIPES if path.stem.endswith(model))
+
+
+@pytest.mark.parametrize("twin", recipe_twins.KINDS)
+def test_the_parts_of_a_twin_have_no_prompt_in_common(twin):
+    """And the trusted rows are of the right kinds only."""
+    if not (recipe_twins.DATA / "alpaca").is_dir():
+        pytest.skip(f"the data are not here: {recipe_twins.DATA}")
+    parts = recipe_twins.make_parts(twin, recipe_twins.QUICK_SIZES, seed=3)
+    prompts = [(row["instruction"], row["input"]) for rows in parts.values() for row in rows]
+    assert len(prompts) == len(set(prompts))
+    assert {name: {row["is_right"] for row in rows} for name, rows in parts.items()} == {
+        "train": {True, False}, "validation": {True}, "right": {True}, "wrong": {False},
+    }  # fmt: skip
+    assert len({row["kind"] for row in parts["train"]}) == len(recipe_twins.KINDS[twin])
+
+
+def test_the_smallest_twin_runs_by_the_file_of_the_recipe(tmp_path, monkeypatch):
+    if not (recipe_twins.DATA / "safety").is_dir():
+        pytest.skip(f"the data are not here: {recipe_twins.DATA}")
+    monkeypatch.setattr(recipe_twins, "MAX_CHARACTERS", 100)
+    monkeypatch.setattr(recipe_twins, "METHODS", {"direct mixing": recipe_twins.MIXING, "tamis": []})
+    recipe_twins.make_model(tmp_path / "model", is_quick=True, seed=3)
+    rows = recipe_twins.run_twin("safety", tmp_path / "safety", tmp_path / "model", is_quick=True, seed=3)
+    assert [row["method"] for row in rows] == ["base model", "direct mixing", "tamis"]
+    losses = [row["right_loss"] for row in rows]
+    assert max(losses[1:]) < losses[0], "two steps of training moved nothing"
+    config, adapter, recipe = (
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+        for path in (
+            tmp_path / "safety/tamis/config.yaml",
+            tmp_path / "safety/tamis/adapter_config.json",
+            ROOT / "recipes/safety_llama3_8b.yaml",
+        )
+    )
+    for name in ("refine_fraction", "num_generations", "num_train_epochs", "gradient_accumulation_steps"):
+        assert float(config[name]) == float(recipe[name])
+    assert (adapter["r"], sorted(adapter["target_modules"])) == (recipe["lora_r"], recipe["lora_target_modules"])
