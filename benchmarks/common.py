@@ -28,8 +28,8 @@ from trl import SFTConfig
 from tamis.compare.task import Task, learned_weights, run_dir
 from tamis.demo.base_model import PlainTrainer
 from tamis.files import write_atomically
+from tamis.hashes import content_hashes, hex_digits
 from tamis.output_dir import read_metrics
-from tamis.rows import content_hash
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -214,7 +214,7 @@ def weighed(
     """
     places = np.arange(first, first + len(rows))
     columns = {"example_id": places, "source": [source] * len(rows), "row": places}
-    columns |= {"content_hash": [content_hash(row) for row in rows], "weight": p_right**2, "p_right": p_right}
+    columns |= {"content_hash": hex_digits(content_hashes(rows)), "weight": p_right**2, "p_right": p_right}
     return pa.table(columns | {"score": score, "kept": p_right >= 0.5})
 
 

@@ -24,8 +24,9 @@ import torch
 from common import each_in_its_process, finish, make_parser, peak_gb
 
 from tamis.data import load_rows
+from tamis.hashes import fingerprint
 from tamis.recorder import Recorder
-from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, row_table
+from tamis.rows import attach_example_ids, check_overlap, check_rows, row_table
 from tamis.selection.make import make_row_weights
 
 TEXT = (

@@ -19,10 +19,11 @@ import numpy as np
 
 from tamis.compare.table import MIXING, TRUSTED_ALONE, best_variants
 from tamis.files import write_atomically
+from tamis.selection.calibration import FEW_RIGHT
 
 ROOT = Path(__file__).resolve().parents[1]
 MIN_GAP = 0.02  # cells with a smaller one, in exact match, have no gap closure: it would be noise
-_BAD_SHARE = 0.15  # estimates of the share of right rows that are so far off are bad ones
+BAD_SHARE = 0.15  # estimates of the share of right rows that are so far off are bad ones
 Rows = list[dict[str, Any]]
 
 
@@ -91,8 +92,9 @@ def aggregate(rows: Rows) -> dict[str, list[float | None]]:
 
     ``gap_closure_METHOD``: one value per cell with a gap where it was run. ``below_mixing``, ``below_trusted_alone``: 1
     for a cell where tamis is (`CellResult.is_below`). All others have one value per run of tamis: absolute errors of
-    the share of right rows and of the AUROC, and 1 where the scout warned (is not believed) or was bad and did not
-    warn; by kind of the trusted rows. Where no row is wrong a warning is no false alarm, and counts by itself.
+    the share of right rows and of the AUROC, and 1 where the scout warned (it is not believed, or finds next to no
+    right row) or was bad and did not warn; by kind of the trusted rows. Where no row is wrong a warning is no false
+    alarm, and counts by itself.
     """
     figures: dict[str, list[float | None]] = {}
 
@@ -112,9 +114,14 @@ def aggregate(rows: Rows) -> dict[str, list[float | None]]:
             if row["expected_auroc"] is not None and row["selection_auroc"] is not None:
                 add(f"auroc_error_{trusted}", abs(row["expected_auroc"] - row["selection_auroc"]))
             kind = "none_wrong" if row["share_right"] == 1 else trusted
-            add(f"warned_{kind}", not row["is_believed"])
-            add(f"missed_{kind}", row["is_believed"] and error > _BAD_SHARE)
+            add(f"warned_{kind}", has_warned(row))
+            add(f"missed_{kind}", not has_warned(row) and error > BAD_SHARE)
     return figures
+
+
+def has_warned(row: dict[str, Any]) -> bool:
+    """Whether a run of tamis doubts its trusted rows: it does not believe its scout, or finds next to no right row."""
+    return not row["is_believed"] or row["estimated_share_right"] < FEW_RIGHT
 
 
 def describe(key: tuple[str, float, int, str]) -> str:

@@ -14,16 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tamis.compare.table import best_variants
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 
-from suite_summary import MIN_GAP, describe, group_cells  # noqa: E402
 from tables_of_costs import COSTS, as_table  # noqa: E402
 from tables_of_recipes import recipes_table  # noqa: E402
+from tables_of_suite import SUITE  # noqa: E402
 
 DOCUMENTS = (
     ROOT / "README.md",
@@ -225,40 +223,6 @@ def deployed_table(results: dict[str, Any]) -> str:
     return as_table("rows and model | match that the run prints | match of the card's snippet", lines)
 
 
-def suite_table(results: dict[str, Any]) -> str:
-    """One line per cell of `benchmarks/suite.py`, means over its seeds."""
-    columns = "scenario, wrong rows, trusted rows | seeds | unjudged | SEAL | **tamis** | oracle | gap closed"
-    columns += " | right rows | AUROC"
-    lines: list[list[str]] = []
-    for cell in group_cells(results["rows"]):
-        seal = np.max([values for name, values in cell.accuracy.items() if name.startswith("SEAL")], axis=0)
-        means = [f"{values.mean():.3f}" for values in (cell.unjudged, seal)]
-        means += [f"**{cell.accuracy['tamis'].mean():.3f}**", f"{cell.accuracy['oracle (right rows)'].mean():.3f}"]
-        closed = f"{cell.closures('tamis').mean():.2f}" if cell.gap >= MIN_GAP else ""
-        shares = [_mean([row[name] for row in cell.tamis]) for name in ("estimated_share_right", "share_right")]
-        believed = [row for row in cell.tamis if row["is_believed"] and row["selection_auroc"] is not None]
-        aurocs = [_mean([row[name] for row in believed]) for name in ("expected_auroc", "selection_auroc") if believed]
-        pairs = [f"{pair[0]:.2f} ({pair[1]:.2f})" if pair else "" for pair in (shares, aurocs)]
-        name = describe(cell.key).replace(" wrong", "", 1).replace("trusted rows: ", "")
-        lines.append([name, str(len(cell.tamis)), *means, closed, *pairs])
-    return as_table(columns, lines)
-
-
-def suite_rivals_table(results: dict[str, Any]) -> str:
-    """One line per method of `benchmarks/suite.py`, over the runs in which all rivals were run."""
-    by_run = _groups(results["rows"], "scenario", "wrong_share", "num_validation", "trusted", "seed")
-    rows = [row for _, run in by_run if any(row["group"] == "random" for row in run) for row in run]
-    cells = [cell for cell in group_cells(rows) if cell.gap >= MIN_GAP]
-    closures = {name: [float(cell.closures(name)[0]) for cell in cells] for name in cells[0].accuracy}
-    lines: list[list[str]] = []
-    for name in sorted(closures, key=lambda name: -statistics.median(closures[name])):
-        known = [row["selection_auroc"] for row in rows if row["group"] == name and row["selection_auroc"] is not None]
-        shown = f"**{name}**" if name == "tamis" else name
-        figures = [f"{function(closures[name]):.2f}" for function in (statistics.median, _mean, min)]
-        lines.append([shown, *figures, f"{_mean(known):.3f}" if known else ""])
-    return as_table("method | gap closed, median | mean | lowest | AUROC, mean", lines)
-
-
 def estimates_table() -> str:
     """Estimates of tamis against the truth, over all runs of each benchmark in `ESTIMATES`."""
     columns = "benchmark | runs | believed | right rows | error | AUROC of believed | error"
@@ -396,8 +360,7 @@ def fill(text: str) -> str:
             "refining": refining_table,
             "scouting": scouting_table,
             "deployed": deployed_table,
-            "suite": suite_table,
-            "suite.rivals": suite_rivals_table,
+            **SUITE,
             "round_trip": round_trip_table,
             **COSTS,
             "llm.scouting": llm_scouting_table,

@@ -12,17 +12,18 @@ def as_table(columns: str, lines: list[list[str]]) -> str:
     return head + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def select_size_table(results: Results) -> str:
-    """One line per kind of file of `benchmarks/select_size.py`."""
+def ten_million_table(results: Results) -> str:
+    """One line per command and kind of file of `benchmarks/ten_million.py`."""
     lines = [
         [
+            f"`tamis {row['command']}`",
             f"`{row['file']}`",
-            f"`{row['options']}`" if row["options"] else "",
-            *_size(row["num_rows"], row["seconds"], row["peak_gb"]),
+            *_size(row["num_rows"], row["seconds"], row["own_gb"]),
+            f"{row['peak_gb'] * 1e9 / 2**30:.2f}",
         ]
         for row in results["rows"]
     ]
-    return as_table("file | options | rows | seconds | peak memory, GiB", lines)
+    return as_table("command | file | rows | seconds | memory of its own, GiB | with pages of files, GiB", lines)
 
 
 def check_speed_table(results: Results) -> str:
@@ -118,7 +119,7 @@ def _size(num_rows: int, seconds: float, peak_gb: float) -> list[str]:
 
 
 COSTS: dict[str, Callable[[Results], str]] = {
-    "select_size": select_size_table,
+    "ten_million": ten_million_table,
     "check_speed": check_speed_table,
     "report_size": report_size_table,
     "newcomer": newcomer_table,

@@ -89,7 +89,7 @@ def bilevel(model_dir, tmp_path):
     """
 
     def make(train, validation=None, evaluation=None, *, model=None, peft_config=None, callbacks=None, **settings):
-        given = {name: settings.pop(name) for name in ("processing_class",) if name in settings}
+        given = {name: settings.pop(name) for name in ("processing_class", "prompt_template") if name in settings}
         if not isinstance(settings.get("selector", ""), str):
             given["selector"] = settings.pop("selector")
         trials = ONE_TRIAL if settings.get("selector", "scout") == "scout" and "selector" not in given else {}
@@ -98,15 +98,19 @@ def bilevel(model_dir, tmp_path):
         return BilevelTrainer(
             model or model_dir,
             args,
-            train_dataset=Dataset.from_list(train),
-            validation_dataset=None if validation is None else Dataset.from_list(validation),
-            eval_dataset=None if evaluation is None else Dataset.from_list(evaluation),
+            train_dataset=as_dataset(train),
+            validation_dataset=as_dataset(validation),
+            eval_dataset=as_dataset(evaluation),
             peft_config=peft_config,
             callbacks=callbacks,
             **given,
         )
 
     return make
+
+
+def as_dataset(rows):
+    return rows if rows is None or isinstance(rows, Dataset) else Dataset.from_list(rows)
 
 
 @pytest.fixture

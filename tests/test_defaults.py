@@ -50,9 +50,10 @@ CONSTANTS = {
         "DEFAULT_RHO": 0.5,
         "DEFAULT_SELECTOR_LEARNING_RATE": {"mirror": 1.75, "softmax": 5e-3, "sigmoid": 5e-3},
     },
-    trials: {"NUM_FOLDS": 4, "BASE_COEFFICIENTS": (1.0, 0.0), "_SAMPLE_SIZE": 250, "_FEW": 0.02},
+    trials: {"NUM_FOLDS": 4, "BASE_COEFFICIENTS": (1.0, 0.0), "_SAMPLE_SIZE": 250},
     calibration: {
-        "_TOLERANCE": 0.25, "_MIN_ROWS": 3.0, "_RANK_WIDTH": 0.03, "_NUM_BISECTIONS": 8, "_NUM_RESAMPLES": 60,
+        "FEW_RIGHT": 0.05, "_TOLERANCE": 0.25, "_MIN_ROWS": 3.0,
+        "_RANK_WIDTH": 0.03, "_NUM_BISECTIONS": 8, "_NUM_RESAMPLES": 60,
     },
     evidence: {"_NUM_DRAWS": 100, "_NUM_ITERATIONS": 60},
     mixture: {

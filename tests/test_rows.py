@@ -4,13 +4,15 @@ import hashlib
 import json
 import logging
 
+import numpy as np
 import pytest
 from conftest import message_of, write_jsonl
 from datasets import Dataset
 
 from tamis.data import load_rows
+from tamis.hashes import fingerprint, hex_digits
 from tamis.lengths import report_dropped
-from tamis.rows import attach_example_ids, check_overlap, check_rows, fingerprint, row_table
+from tamis.rows import attach_example_ids, check_overlap, check_rows, row_table
 
 QA = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?\n", "answer": " 6"}]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -21,7 +23,7 @@ def load(path, rows) -> Dataset:
 
 
 def content_hashes(dataset: Dataset) -> list[str]:
-    return check_rows(dataset, "train_dataset")
+    return hex_digits(check_rows(dataset, "train_dataset"))
 
 
 def overlap(caplog, train: Dataset, validation: Dataset, evaluation: Dataset | None = None) -> list[str]:
@@ -29,7 +31,7 @@ def overlap(caplog, train: Dataset, validation: Dataset, evaluation: Dataset | N
     caplog.clear()
     datasets = {"train_dataset": train, "validation_dataset": validation, "eval_dataset": evaluation}
     datasets = {role: dataset for role, dataset in datasets.items() if dataset is not None}
-    check_overlap(datasets, {role: content_hashes(dataset) for role, dataset in datasets.items()})
+    check_overlap(datasets, {role: check_rows(dataset, role) for role, dataset in datasets.items()})
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
@@ -77,10 +79,19 @@ def test_content_hashes_depend_on_content_alone(tmp_path):
     (tmp_path / "b.csv").write_text('id,answer,question\n1,4,2+2?\n2, 6,"3+3?\n"\n')
     csv = load_rows(tmp_path / "b.csv", role="train_dataset")
     hashes = content_hashes(jsonl)
-    assert hashes == content_hashes(csv) and fingerprint(hashes) == fingerprint(content_hashes(csv))
+    assert hashes == content_hashes(csv)
     assert content_hashes(jsonl.select([1, 0])) == hashes[::-1]
-    assert fingerprint(hashes[::-1]) != fingerprint(hashes)
-    assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in (*hashes, fingerprint(hashes)))
+    assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in hashes)
+
+
+def test_the_fingerprint_is_the_documented_one(monkeypatch):
+    """Of the digits of all hashes in order; earlier checkpoints have it."""
+    numbers = np.array([7, 2**63, 0, 7], np.uint64)
+    expected = hashlib.blake2b("".join(hex_digits(numbers)).encode(), digest_size=8).hexdigest()
+    assert hex_digits(numbers)[:2] == ["0000000000000007", "8000000000000000"]
+    assert fingerprint(numbers) == expected != fingerprint(numbers[[1, 0, 2, 3]])
+    monkeypatch.setattr("tamis.hashes._AT_ONCE", 3)
+    assert fingerprint(numbers) == expected
 
 
 def test_content_hash_is_the_documented_one():
@@ -156,8 +167,8 @@ def test_content_hash_is_that_of_sorted_json_without_nulls(monkeypatch):
 
 def test_row_table():
     rows = Dataset.from_dict({"text": ["a", "b", "c"], "row": [5, 6, 7], "source": ["x", "x", "y"]}).select([2, 0])
-    hashes = content_hashes(rows)
-    expected = {"example_id": [0, 1], "source": ["y", "x"], "row": [7, 5], "content_hash": hashes}
+    hashes = check_rows(rows, "train_dataset")
+    expected = {"example_id": [0, 1], "source": ["y", "x"], "row": [7, 5], "content_hash": hex_digits(hashes)}
     assert row_table(rows, hashes).to_pydict() == expected
     unnamed = row_table(rows.select_columns(["text"]), hashes)
     assert unnamed.to_pydict() == expected | {"source": [None, None], "row": [0, 1]}

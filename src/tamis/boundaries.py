@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from tamis.rows import arrow_column, derived_fingerprint
+from tamis.hashes import derived_fingerprint
+from tamis.rows import arrow_column
 
 logger = logging.getLogger(__name__)
 

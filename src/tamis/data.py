@@ -3,7 +3,6 @@
 Every error is one line that names the file, the row and the column, and says what to do. Rows are counted from 0.
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from tamis.bad_rows import RowSieve
 from tamis.layouts import EXTRAS, chatml, choose_columns, names_by_kind, normalized
+from tamis.mapped import as_dataset, one_table
 from tamis.readers import SUFFIXES, kind_of, one_line, read_file
 from tamis.rows import ContentCheck, batches, check_weights, column_values, place_in_file
 from tamis.settings import warn_without_effect
@@ -96,8 +96,7 @@ def joined(parts: list[pa.Table], name: str) -> Dataset:
             raise ValueError(
                 f"{part['source'][0]}: not the layout of {parts[0]['source'][0]}. Give all files the same."
             )
-    table = _one_table(parts, name)
-    return Dataset(table, fingerprint=_digest(table))
+    return as_dataset(one_table(parts, name))
 
 
 def rows_of(dataset: Dataset, role: str) -> Dataset:
@@ -107,8 +106,7 @@ def rows_of(dataset: Dataset, role: str) -> Dataset:
         ValueError: see `load_rows`.
     """
     weight_column = "weight" if "weight" in dataset.column_names else None
-    table = RowReader(dataset, role, role=role, weight_column=weight_column).table()
-    return Dataset(table, fingerprint=_digest(table))
+    return as_dataset(RowReader(dataset, role, role=role, weight_column=weight_column).table())
 
 
 def origins_of(source: str, role: str, split: str) -> Iterator[tuple[str, Path | Dataset]]:
@@ -212,7 +210,7 @@ class RowReader:
 
     def table(self) -> pa.Table:
         """All rows."""
-        table = _one_table(list(self), self.name)
+        table = one_table(self, self.name)
         return table.select([column for column in table.column_names if not pa.types.is_null(table[column].type)])
 
     def __iter__(self) -> Iterator[pa.Table]:
@@ -251,7 +249,7 @@ class RowReader:
         with one_line(f"{self.name}: the rows do not fit into one table"):
             table = pa.table(normalized(columns))
         if weights is not None:
-            floats = check_weights(weights, str(weight_column), lambda i: self._place(first + i), kept)
+            floats = check_weights(weights, str(weight_column), self._place, kept, first)
             table = table.append_column("weight", pa.array(floats))
         table = table.append_column("row", pa.array([first + i for i in kept], pa.int64()))
         return table.append_column("source", pa.repeat(self.name, len(table)))
@@ -265,18 +263,3 @@ class RowReader:
 
 def _layout(table: pa.Table) -> set[str]:
     return set(table.column_names) - {"prompt_input", *EXTRAS}
-
-
-def _one_table(tables: list[pa.Table], name: str) -> pa.Table:
-    with one_line(f"{name}: the rows do not fit into one table"):
-        # permissive: some messages have fields that others have not
-        return pa.concat_tables(tables, promote_options="permissive")
-
-
-def _digest(table: pa.Table) -> str:
-    """Hash all bytes of a table. `datasets` would pickle it for that, in four times its memory."""
-    digest = hashlib.blake2b(str(table.schema).encode(), digest_size=8)
-    for column in table.columns:
-        for buffer in chain.from_iterable(chunk.buffers() for chunk in column.chunks):
-            digest.update(buffer or b"")
-    return digest.hexdigest()

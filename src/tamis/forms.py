@@ -1,14 +1,16 @@
 """The forms in which `BilevelTrainer` takes rows, which are those of `SFTTrainer`, as rows that can be numbered."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from tamis.data import rows_of
+from tamis.hashes import Hashes, content_hashes
 from tamis.layouts import LAYOUTS
-from tamis.rows import TEXT_FORMATS, batches, column_values, content_hash, row_name
+from tamis.rows import TEXT_FORMATS, batches, column_values, row_name
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ def token_columns(dataset: Dataset) -> list[str]:
     return ["input_ids", *(name for name in _MASKS if name in dataset.column_names)]
 
 
-def check_token_rows(dataset: Dataset, role: str) -> list[str]:
+def check_token_rows(dataset: Dataset, role: str) -> Hashes:
     """Check rows in tokens, and hash what they say: `tamis.rows.check_rows` for these.
 
     Raises:
@@ -101,14 +103,18 @@ def check_token_rows(dataset: Dataset, role: str) -> list[str]:
     """
     if len(dataset) == 0:
         raise ValueError(f"{role}: there are no rows. Give a data set with at least one row.")
-    names, hashes = token_columns(dataset), list[str]()
-    for batch in batches(dataset):
-        for values in zip(*(column_values(batch, name) for name in names), strict=True):
-            row = dict(zip(names, values, strict=True))
-            if problem := _problem(row):
-                raise ValueError(f"{row_name(dataset, role, len(hashes))}: {problem}")
-            hashes.append(content_hash(row))
-    return hashes
+    names = token_columns(dataset)
+
+    def checked() -> Iterator[dict[str, Any]]:
+        number = count()
+        for batch in batches(dataset):
+            for values in zip(*(column_values(batch, name) for name in names), strict=True):
+                row, i = dict(zip(names, values, strict=True)), next(number)
+                if problem := _problem(row):
+                    raise ValueError(f"{row_name(dataset, role, i)}: {problem}")
+                yield row
+
+    return content_hashes(checked())
 
 
 def _problem(row: dict[str, Any]) -> str | None:

@@ -1,13 +1,15 @@
 """The datasets that a trainer is given: one door for all of them, before a model is loaded."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from tamis.config import BilevelConfig
 from tamis.forms import as_rows, check_token_rows, is_in_tokens, token_columns
+from tamis.hashes import Hashes, num_repeats
 from tamis.rows import check_overlap, check_rows, content_columns, is_conversational
 from tamis.settings import warn_without_effect
 
@@ -53,7 +55,7 @@ def named_datasets(
     return named
 
 
-def check_datasets(datasets: Mapping[str, Dataset], args: BilevelConfig) -> dict[str, list[str]]:
+def check_datasets(datasets: Mapping[str, Dataset], args: BilevelConfig) -> dict[str, Hashes]:
     """Check every row, and that the rows of all data sets can be compared; returns the hash of every row, by role.
 
     Args:
@@ -73,10 +75,10 @@ def check_datasets(datasets: Mapping[str, Dataset], args: BilevelConfig) -> dict
     return hashes
 
 
-def _warn_of_repeats(role: str, hashes: Sequence[str]) -> None:
-    if num_repeats := len(hashes) - len(set(hashes)):
+def _warn_of_repeats(role: str, hashes: Hashes) -> None:
+    if num := num_repeats(hashes):
         logger.warning(
-            f"{role}: {num_repeats} of {len(hashes)} rows repeat another row and count again: leave them out of "
+            f"{role}: {num} of {len(hashes)} rows repeat another row and count again: leave them out of "
             f"`{role}`, unless you mean it"
         )
 
@@ -116,14 +118,14 @@ def _format_of(dataset: Dataset, role: str) -> str:
     return " and ".join(names) + (" as lists of messages" if are_messages else "")
 
 
-def without_repeats(rows: Dataset, hashes: Sequence[str], role: str) -> Dataset:
+def without_repeats(rows: Dataset, hashes: Hashes, role: str) -> Dataset:
     """Each row once: of two copies of a validation row, the scout that has not seen the one has seen the other.
 
     Args:
         hashes: of the contents of ``rows``, as `check_datasets` gives them.
     """
-    first = {hashes[i]: i for i in reversed(range(len(rows)))}
-    num_repeats = len(rows) - len(first)
-    if num_repeats:
-        logger.warning(f"{role}: {num_repeats} of {len(rows)} rows repeat another row and are left out")
-    return rows.select(sorted(first.values())) if num_repeats else rows
+    num = num_repeats(hashes)
+    if num == 0:
+        return rows
+    logger.warning(f"{role}: {num} of {len(rows)} rows repeat another row and are left out")
+    return rows.select(np.sort(np.unique(hashes, return_index=True)[1]))

@@ -22,12 +22,12 @@ from trl.trainer.utils import get_config_model_id
 
 from tamis.config import BilevelConfig, Resolved
 from tamis.forms import is_in_tokens
+from tamis.mapped import as_dataset, one_table
 from tamis.rows import (
     PROMPT_PARTS,
     batches,
     column_values,
     content_columns,
-    derived_fingerprint,
     is_conversational,
     last_answer,
     row_name,
@@ -249,7 +249,7 @@ class Prompts:
         else:
             return dataset
         write = self._write_text if self.template == "plain" else self._write_messages
-        return _rewritten(dataset, [*names, *parts], write, role, f"{self.identity} {self.splits}")
+        return _rewritten(dataset, [*names, *parts], write, role)
 
     def _write_text(self, row: Row) -> Row:
         return {"prompt": self._with_input(row), "completion": row["completion"]}
@@ -393,10 +393,15 @@ def _enumerated_rows(dataset: Dataset, names: list[str]) -> Iterator[tuple[int, 
     return enumerate(rows())
 
 
-def _rewritten(dataset: Dataset, names: list[str], write: Callable[[Row], Row], role: str, key: str) -> Dataset:
+def _rewritten(dataset: Dataset, names: list[str], write: Callable[[Row], Row], role: str) -> Dataset:
     """The data set with other columns in the place of these."""
-    rest = [name for name in dataset.column_names if name not in names]
-    tables, first = [], 0
+    return as_dataset(one_table(_rewritten_batches(dataset, names, write, role), role))
+
+
+def _rewritten_batches(
+    dataset: Dataset, names: list[str], write: Callable[[Row], Row], role: str
+) -> Iterator[pa.Table]:
+    rest, first = [name for name in dataset.column_names if name not in names], 0
     for batch in batches(dataset):
         assert isinstance(batch, Dataset)
         written = []
@@ -408,7 +413,4 @@ def _rewritten(dataset: Dataset, names: list[str], write: Callable[[Row], Row], 
         first += len(written)
         kept = batch.select_columns(rest).with_format("arrow")[:] if rest else pa.table({})
         columns = {name: pa.array([row[name] for row in written]) for name in written[0]}
-        tables.append(pa.table({**dict(zip(kept.column_names, kept.columns, strict=True)), **columns}))
-    # permissive: some messages have fields that others have not
-    whole = pa.concat_tables(tables, promote_options="permissive")
-    return Dataset(whole, fingerprint=derived_fingerprint(dataset, key))
+        yield pa.table({**dict(zip(kept.column_names, kept.columns, strict=True)), **columns})

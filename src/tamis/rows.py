@@ -4,21 +4,21 @@ Every error is one line that names the file, the row and the column, and says wh
 A data set may have a million rows: Python objects are made of a batch of them at a time.
 """
 
-import hashlib
 import json
 import logging
 import math
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
-from json.encoder import encode_basestring
+from itertools import count, islice
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+
+from tamis.hashes import Hashes, content_hashes, hex_digits, shared_rows
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Rows: TypeAlias = Iterator[dict[str, Any]] | Dataset
 Batches: TypeAlias = Iterator[list[dict[str, Any]] | Dataset]
 
 
-def check_rows(dataset: Dataset, role: str) -> list[str]:
+def check_rows(dataset: Dataset, role: str) -> Hashes:
     """Check that every row can be trained on, and hash what it says.
 
     Both are done once for each data set: `fingerprint`, `check_overlap` and `row_table` take the hashes.
@@ -41,9 +41,8 @@ def check_rows(dataset: Dataset, role: str) -> list[str]:
         role: `train_dataset`, `validation_dataset` or `eval_dataset`; stands for the file where there is no `source`.
 
     Returns:
-        For each row 16 hex digits: BLAKE2b over prompt and completion, messages or text as JSON, with what belongs to
-        the prompt beside them (`PROMPT_PARTS`). Other columns and the order of rows do not enter, nor does what is
-        null.
+        The hash (N, uint64) of prompt and completion, messages or text, with what belongs to the prompt beside them
+        (`PROMPT_PARTS`), see `tamis.hashes.content_hashes`. Other columns and the order of rows do not enter.
 
     Raises:
         ValueError: no rows, no known format, a null prompt, a response without text, a value of the wrong type,
@@ -55,16 +54,17 @@ def check_rows(dataset: Dataset, role: str) -> list[str]:
     place = partial(row_name, dataset, role)
     parts = [name for name in PROMPT_PARTS if name in dataset.column_names]
     names = {name: name for name in [*content_columns(dataset, role), *parts]}
-    check, hashes = ContentCheck(place), list[str]()
+    check, hashes, first = ContentCheck(place), np.empty(len(dataset), np.uint64), 0
     for batch in batches(dataset):
         columns = {name: column_values(batch, name) for name in names}
         if check.add(columns, names):
-            hashes += [
-                _digest(_as_json(dict(zip(names, row, strict=True)))) for row in zip(*columns.values(), strict=True)
-            ]
+            rows = (dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True))
+            hashes[first : first + len(batch)] = content_hashes(rows)
+        first += len(batch)
     check.finish()
     if "weight" in dataset.column_names:
-        check_weights(column_values(dataset, "weight"), "weight", place)
+        for start, batch in zip(count(0, BATCH_SIZE), batches(dataset), strict=False):
+            check_weights(column_values(batch, "weight"), "weight", place, first=start)
     return hashes
 
 
@@ -163,9 +163,12 @@ class ContentCheck:
 
 
 def check_weights(
-    weights: list[Any], column: str, place: Callable[[int], str], places: Iterable[int] | None = None
+    weights: list[Any], column: str, place: Callable[[int], str], places: Iterable[int] | None = None, first: int = 0
 ) -> list[float]:
     """Return the weights as floats, those at ``places`` or all of them.
+
+    Args:
+        first: the number of the first row, for ``place``.
 
     Raises:
         ValueError: one of them is not finite and >= 0.
@@ -178,7 +181,9 @@ def check_weights(
         except (TypeError, ValueError, OverflowError):
             floats.append(math.nan)
         if not 0 <= floats[-1] < math.inf:
-            raise ValueError(f'{place(i)}, column "{column}": the weight {value!r:.40} is not a finite number >= 0.')
+            raise ValueError(
+                f'{place(first + i)}, column "{column}": the weight {value!r:.40} is not a finite number >= 0.'
+            )
     return floats
 
 
@@ -266,42 +271,7 @@ def _problem_of_part(value: Any, kind: str, content: str, are_lists: bool) -> st
     return None if isinstance(value, str) else f"the {noun} {reprlib.repr(value)} is not text. Put it in quotes"
 
 
-def _as_json(value: Any) -> str:
-    """JSON with sorted keys and no null fields: Arrow gives a message the fields that any message of the column has."""
-    if isinstance(value, str):
-        return encode_basestring(value)
-    if isinstance(value, list):
-        return f"[{', '.join([_as_json(item) for item in value])}]"
-    if isinstance(value, dict):
-        fields = [
-            f"{encode_basestring(key)}: {_as_json(item)}" for key, item in sorted(value.items()) if item is not None
-        ]
-        return f"{{{', '.join(fields)}}}"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # Arrow makes 1 a 1.0 where another row of the column has 0.5
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def content_hash(content: Mapping[str, Any]) -> str:
-    """16 hex digits of what a row says."""
-    return _digest(_as_json(dict(content)))
-
-
-def fingerprint(hashes: Sequence[str]) -> str:
-    """Hash a data set by the hashes of its rows, in order: 16 hex digits."""
-    return _digest("".join(hashes))
-
-
-def derived_fingerprint(dataset: Dataset, key: str) -> str:
-    """Of a data set that is made from another one in the way that ``key`` names: `datasets` need not hash it."""
-    return hashlib.blake2b(f"{dataset._fingerprint} {key}".encode(), digest_size=8).hexdigest()
-
-
-def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence[str]]) -> None:
+def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Hashes]) -> None:
     """Warn of the same row (prompt and response) in two of the data sets: validation or held-out rows trained on.
 
     Args:
@@ -313,12 +283,7 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence
     """
 
     def shared(first: str, second: str, consequence: str) -> list[str]:
-        wanted = set(hashes.get(first, ()))  # the smaller of the two in any sensible run
-        index: dict[str, int] = {}
-        for j, digest in enumerate(hashes.get(second, ())):
-            if digest in wanted:
-                index.setdefault(digest, j)
-        found = [(i, index[digest]) for i, digest in enumerate(hashes.get(first, ())) if digest in index]
+        found = shared_rows(hashes[first], hashes[second])
         shown = [
             f"{row_name(datasets[first], first, i)} = {row_name(datasets[second], second, j)}" for i, j in found[:3]
         ]
@@ -330,7 +295,7 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Sequence
     for role in held_out:
         for message in shared("validation_dataset", role, "Remove them from one of the two."):
             raise ValueError(message)
-    if set(hashes["validation_dataset"]) == set(hashes["train_dataset"]):
+    if np.array_equal(np.unique(hashes["validation_dataset"]), np.unique(hashes["train_dataset"])):
         messages = [
             "validation_dataset and train_dataset have the same rows: nothing tells right rows from wrong ones. Give "
             "rows that you trust to `validation_dataset`, and keep them out of `train_dataset`"
@@ -353,7 +318,7 @@ def attach_example_ids(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def row_table(dataset: Dataset, hashes: Sequence[str]) -> pa.Table:
+def row_table(dataset: Dataset, hashes: Hashes) -> pa.Table:
     """What tells each row in the files of a run: example_id (its index), source, row and content_hash."""
     index = pa.array(np.arange(len(dataset)))
     return pa.table(
@@ -363,7 +328,9 @@ def row_table(dataset: Dataset, hashes: Sequence[str]) -> pa.Table:
             if "source" in dataset.column_names
             else pa.nulls(len(dataset), pa.string()),
             "row": arrow_column(dataset, "row") if "row" in dataset.column_names else index,
-            "content_hash": pa.array(hashes, pa.string()),
+            "content_hash": pa.chunked_array(
+                [pa.array(hex_digits(part)) for part in np.split(hashes, range(BATCH_SIZE, len(hashes), BATCH_SIZE))]
+            ),
         }
     )
 

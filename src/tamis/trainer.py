@@ -30,6 +30,7 @@ from tamis.config import BilevelConfig
 from tamis.evaluation import RowEvaluation
 from tamis.files import writing
 from tamis.forms import has_customary_columns, is_in_tokens
+from tamis.hashes import fingerprint
 from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets, without_repeats
 from tamis.lengths import check_lengths, with_num_tokens
@@ -39,7 +40,7 @@ from tamis.prerequisites import refuse_unreachable
 from tamis.prompts import Prompts, check_template
 from tamis.recorder import Recorder, checkpoint_state, find_checkpoint, run_info
 from tamis.resuming import ResumableTrainer
-from tamis.rows import attach_example_ids, fingerprint, row_name, row_table
+from tamis.rows import attach_example_ids, row_name, row_table
 from tamis.selection.selectors import Selector
 from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, make_stream
 from tamis.trl_options import refuse_parallelism

@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset
 
 from tamis.check import advice, overlap
-from tamis.check.overlap import keys_of, near_duplicates, num_other_answers, num_repeats, shared
+from tamis.check.overlap import keys_of, near_duplicates, num_other_answers, shared
+from tamis.hashes import num_repeats
 from tamis.rows import check_rows
 
 WORDS = ["river", "stone", "window", "letter", "garden", "silver", "morning", "engine", "castle", "bottle", "winter"]
@@ -37,7 +38,7 @@ ROWS = [pair("a", "1"), pair("b", "2"), pair("a", "1"), pair("a", "3"), pair("a"
 
 def test_repeats_and_further_responses():
     _, found = keys(ROWS)
-    assert num_repeats(found) == 2  # a 1, three times
+    assert num_repeats(found.row_N) == 2  # a 1, three times
     assert num_other_answers(found) == 1  # a 3
 
 
@@ -59,7 +60,7 @@ def test_messages_have_the_prompt_before_their_last_answer():
         }
 
     _, found = keys([chat("1"), chat("2"), chat("1", system="t")])
-    assert num_repeats(found) == 0 and num_other_answers(found) == 1
+    assert num_repeats(found.row_N) == 0 and num_other_answers(found) == 1
 
 
 def test_what_belongs_to_a_prompt_makes_it_another_one():
@@ -71,7 +72,7 @@ def test_what_belongs_to_a_prompt_makes_it_another_one():
 
 def test_texts_have_no_prompts():
     _, found = keys([{"text": "a"}, {"text": "a"}])
-    assert num_repeats(found) == 1 and num_other_answers(found) is None
+    assert num_repeats(found.row_N) == 1 and num_other_answers(found) is None
     assert shared(found, found).prompts is None
 
 

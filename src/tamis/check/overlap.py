@@ -9,6 +9,7 @@ Shape suffix: N rows of a data set.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from rensa import RMinHash, RMinHashDeduplicator
 
+from tamis.hashes import Hashes, content_hashes
 from tamis.inference import prompt_of
 from tamis.progress import track
-from tamis.rows import PROMPT_PARTS, column_values, content_columns, content_hash
+from tamis.rows import PROMPT_PARTS, column_values, content_columns
 
 SHINGLE_SIZE = 5  # characters: words would find little in short rows, and none in Chinese
 THRESHOLD = 0.8
@@ -27,8 +29,6 @@ MAX_SEARCHED = 200_000
 _NUM_PERMUTATIONS, _NUM_BANDS, _SEED = 128, 16, 0
 _BATCH_SIZE = 2000
 _NUM_SHOWN = 3
-
-Hashes = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Keys:
     prompt_N: Hashes | None
 
 
-def keys_of(dataset: Dataset, role: str, hashes: Sequence[str]) -> Keys:
+def keys_of(dataset: Dataset, role: str, hashes: Hashes) -> Keys:
     """The keys of checked rows.
 
     Args:
@@ -52,24 +52,15 @@ def keys_of(dataset: Dataset, role: str, hashes: Sequence[str]) -> Keys:
     """
     content = content_columns(dataset, role)
     if content == ["text"]:
-        return Keys(_numbers(hashes), None)
+        return Keys(hashes, None)
     names = [content[0], *(name for name in PROMPT_PARTS if name in dataset.column_names)]
-    prompts = [_prompt_hash(row) for rows in _rows(dataset, names, np.arange(len(dataset))) for row in rows]
-    return Keys(_numbers(hashes), _numbers(prompts))
+    rows = chain.from_iterable(_rows(dataset, names, np.arange(len(dataset))))
+    return Keys(hashes, content_hashes(map(_prompt_alone, rows)))
 
 
-def _prompt_hash(row: dict[str, Any]) -> str:
+def _prompt_alone(row: dict[str, Any]) -> dict[str, Any]:
     parts = {name: row[name] for name in PROMPT_PARTS if row.get(name) is not None}
-    return content_hash(parts | {"prompt": prompt_of(row)[0]})
-
-
-def _numbers(hashes: Sequence[str]) -> Hashes:
-    return np.fromiter((int(digits, 16) for digits in hashes), np.uint64, len(hashes))
-
-
-def num_repeats(keys: Keys) -> int:
-    """Rows that say what another row says, beyond the first of each."""
-    return len(keys.row_N) - len(np.unique(keys.row_N))
+    return parts | {"prompt": prompt_of(row)[0]}
 
 
 def num_other_answers(keys: Keys) -> int | None:

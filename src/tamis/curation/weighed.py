@@ -17,6 +17,7 @@ import yaml
 from datasets import Dataset
 
 from tamis.data import RowReader
+from tamis.hashes import hex_digits
 from tamis.output_dir import CONFIG_FILES, config_path
 from tamis.readers import kind_of
 from tamis.rows import BATCH_SIZE, check_rows, place_in_file
@@ -148,7 +149,7 @@ def rows_again(config: dict[str, Any]) -> Iterator[tuple[Part, RowReader, Iterat
 
 def _with_hashes(part: Part, reader: RowReader) -> Iterator[tuple[pa.Table, list[str]]]:
     for table in reader:
-        yield part.of_source(table), check_rows(Dataset(table, fingerprint="batch"), "train_dataset")
+        yield part.of_source(table), hex_digits(check_rows(Dataset(table, fingerprint="batch"), "train_dataset"))
 
 
 def known_rows(path: Path) -> Iterator[tuple[int, str]]:

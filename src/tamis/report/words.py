@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tamis.report.run_folder import RunFolder
+from tamis.selection.calibration import FEW_RIGHT
 from tamis.summary import select_command
 
 _FEW_VALIDATION_ROWS = 30
-_FEW_RIGHT = 0.1
 _FEW_EFFECTIVE = 0.05
 
 
@@ -83,10 +83,10 @@ def _warnings(run: RunFolder) -> list[str]:
             "Try more trusted rows (--validation_dataset), trusted rows that are more like the right training rows, or "
             "a larger model (--model_name_or_path)."
         )
-    if run.is_believed and run.scout and run.scout["share_right"] < _FEW_RIGHT:
+    if run.is_believed and run.scout and run.scout["share_right"] < FEW_RIGHT:
         found.append(
             "Very few rows look right. Check that the trusted rows (--validation_dataset) are of the same kind as the "
-            "training rows."
+            "training rows, and as hard."
         )
     num_validation = _num_validation(run)
     if num_validation and num_validation < _FEW_VALIDATION_ROWS:

@@ -34,6 +34,8 @@ from tamis.selection.mixture import (
     shares_below,
 )
 
+# Share of right rows below which the validation rows are probably of another kind than these, or easier.
+FEW_RIGHT = 0.05
 _TOLERANCE = 0.25  # of the log-likelihood, which falls by 0.23 from its peak to a quartile of a normal error
 _MIN_ROWS = 3.0  # validation rows that must stand behind a share of right rows
 _RANK_WIDTH = 0.03  # of the training rows: how far apart rows may rank and still be taken for alike

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tamis.losses import stop_if_not_finite, trainable_parameters
 from tamis.randomness import permutation
-from tamis.selection.calibration import Calibration, expected_auroc, fit, placed
+from tamis.selection.calibration import FEW_RIGHT, Calibration, expected_auroc, fit, placed
 from tamis.selection.evidence import Comparison, belief_in, compare, evidence_by_chance
 from tamis.selection.mixture import Array
 from tamis.selection.scout import Finding, Scout, ScoutSettings
@@ -32,7 +32,6 @@ from tamis.selection.trial_notes import TrialNotes
 
 NUM_FOLDS = 4
 MIN_VALIDATION_ROWS = NUM_FOLDS  # of fewer nothing can be learned about rows that were not seen
-_FEW = 0.02  # share of right rows below which the validation rows are probably of another kind
 _SAMPLE_SIZE = 250  # training rows that every trial measures
 BASE_COEFFICIENTS = (1.0, 0.0)
 
@@ -365,8 +364,10 @@ def describe(outcome: Outcome, num_validation: int, is_refined_later: bool) -> l
         if not math.isnan(finding.expected_auroc):
             text += f"; a right row has a higher weight than a wrong one with probability {finding.expected_auroc:.2f}"
         lines.append((logging.INFO, text))
-        if calibration.share_right < _FEW:
-            lines.append((logging.WARNING, "that is very few: check that the validation rows are of the same kind"))
+        if calibration.share_right < FEW_RIGHT:
+            lines.append(
+                (logging.WARNING, "that is very few: check that the validation rows are of the same kind, and as hard")
+            )
         return lines
     cure = "a larger model" if num_validation >= 50 else f"more than {num_validation} validation rows"
     doubt = (
