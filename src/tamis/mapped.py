@@ -51,6 +51,7 @@ def _in_parts(tables: Iterable[pa.Table], name: str) -> Iterator[pa.Table]:
         if size > LARGEST_IN_MEMORY:
             yield _moved_out(_joined(waiting, name))
             waiting, size = [], 0
+            pa.default_memory_pool().release_unused()
     yield from waiting
 
 

@@ -93,7 +93,7 @@ def test_the_keys_of_the_json(folder, capfd):
     ]  # fmt: skip
     assert list(found["data_sets"]) == ["train_dataset", "validation_dataset", "eval_dataset"]
     assert list(found["cost"]) == ["parameters", "num_steps", "seconds", "memory", "disk", "leaves_out_generation"]
-    assert found["near_duplicates"] == {"threshold": 0.8, "shingle_size": 5, "max_searched_rows": 200_000}
+    assert found["near_duplicates"] == {"threshold": 0.8, "shingle_size": 5, "max_searched_rows": 100_000}
     again, _ = run(capfd, "--no_measure")
     for one in (found, again):  # what other processes use
         del one["cost"]["memory"]["available"], one["cost"]["disk"]["available"]

@@ -24,6 +24,7 @@ from tamis.rows import BATCH_SIZE, check_rows, place_in_file
 from tamis.sources import Part, parts_of
 
 _WEIGHTS = "weights.parquet"
+_AT_ONCE = 100_000
 _NUMBERS = ("source", "row", "weight", "p_right", "score", "kept")
 
 
@@ -80,12 +81,24 @@ def read_weights(path: Path) -> pa.Table:
         names = pq.read_schema(path).names
         if missing := [name for name in (*_NUMBERS, "content_hash") if name not in names]:
             raise ValueError(f'{path}: no column "{missing[0]}": it was not written by this version of tamis')
-        table = pq.read_table(path, columns=list(_NUMBERS), read_dictionary=["source"])
+        with pq.ParquetFile(path, read_dictionary=["source"], pre_buffer=False) as file:
+            # One thread and small batches: twice the memory would be taken on the way, and kept.
+            batches = file.iter_batches(_AT_ONCE, columns=list(_NUMBERS), use_threads=False)
+            tables = [_narrow(pa.Table.from_batches([batch])) for batch in batches]
+            empty = _narrow(file.schema_arrow.empty_table().select(_NUMBERS))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({error}). Check that it is whole") from error
-    if (pc.max(table["row"]).as_py() or 0) < 2**31:  # half the memory
-        table = table.set_column(table.column_names.index("row"), "row", table["row"].cast(pa.int32()))
+    # permissive: a place beyond 31 bits makes that column of all rows a wider one
+    table = pa.concat_tables(tables or [empty], promote_options="permissive").unify_dictionaries()
+    pa.default_memory_pool().release_unused()
     return table
+
+
+def _narrow(table: pa.Table) -> pa.Table:
+    """Places in files by half of their bits, where that is enough."""
+    if (pc.max(table["row"]).as_py() or 0) >= 2**31:
+        return table
+    return table.set_column(table.column_names.index("row"), "row", table["row"].cast(pa.int32()))
 
 
 def find_sources(path: Path, given: dict[str, Any], weights: pa.Table) -> tuple[list[Source], list[Path]]:
@@ -154,8 +167,8 @@ def _with_hashes(part: Part, reader: RowReader) -> Iterator[tuple[pa.Table, list
 
 def known_rows(path: Path) -> Iterator[tuple[int, str]]:
     """Of every row that was weighed, in order: where it stood in its file, and the hash of what it said."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(BATCH_SIZE, columns=["row", "content_hash"]):
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(BATCH_SIZE, columns=["row", "content_hash"], use_threads=False):
             yield from zip(batch["row"].to_pylist(), batch["content_hash"].to_pylist(), strict=True)
 
 
