@@ -185,7 +185,7 @@ class Recorder:
                 original = {"prompt": as_text(row["prompt"]), "original": as_text(row["completion"])}
             elif "messages" in row:
                 original = {"prompt": as_text(row["messages"][:-1]), "original": as_text(row["messages"][-1:])}
-            texts = tokenizer.batch_decode(record["token_ids"], skip_special_tokens=True)
+            texts = tokenizer.batch_decode([list(ids) for ids in record["token_ids"]], skip_special_tokens=True)
             rows.append(
                 {
                     **record,

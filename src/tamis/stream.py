@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -22,7 +23,10 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from tamis.losses import Collate
+from tamis.mapped import one_table
 from tamis.randomness import EndlessPermutations, permutation
+
+_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Substitute:
     """
 
     index: int
-    token_ids: list[int]
+    token_ids: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,20 @@ def prompt_and_response(row: dict[str, list[int]]) -> tuple[list[int], list[int]
     return row["input_ids"][:start], row["input_ids"][start:]
 
 
-def as_row(prompt: list[int], response: list[int]) -> dict[str, list[int]]:
+def as_row(prompt: list[int], response: Sequence[int]) -> dict[str, list[int]]:
     """The prepared row of a prompt and a response: only the response is trained on."""
-    return {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
+    return {"input_ids": [*prompt, *response], "labels": [-100] * len(prompt) + [*response]}
+
+
+def as_rows(pairs: Sequence[tuple[list[int], Sequence[int]]]) -> Dataset:
+    """The prepared rows of prompts and responses. Lists of numbers are made of a batch of them at a time."""
+    kind = pa.list_(pa.int32())
+    schema = pa.schema({"input_ids": kind, "labels": kind})
+    batches = (
+        pa.Table.from_pylist([as_row(*pair) for pair in pairs[start : start + _AT_ONCE]], schema)
+        for start in range(0, len(pairs), _AT_ONCE)
+    )
+    return Dataset(one_table(batches, "responses"), fingerprint="responses")
 
 
 def drawn_rows(visits_N: Tensor, seed: int, epoch: int) -> Tensor:

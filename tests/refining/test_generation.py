@@ -66,10 +66,10 @@ def log_prob_alone(model, prompt, token_ids, temperature=1.0) -> float:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
+        logits = model(input_ids=torch.tensor([[*prompt, *token_ids]])).logits[0, len(prompt) - 1 : -1]
     for module, mode in modes.items():
         module.training = mode
-    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None]).sum().item()
+    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor([*token_ids])[:, None]).sum().item()
 
 
 @contextlib.contextmanager
@@ -341,7 +341,7 @@ def test_scripted_completions_carry_the_log_probs_of_the_model():
     generator = ScriptedGenerator(model, lambda prompt, j: [*prompt[:j], EOS][: j + 1 if j < 2 else 2], settings, EOS)
     completions = generator.generate(PROMPTS[:2], 3, seeds(0))
     for prompt, of_prompt in zip(PROMPTS[:2], completions, strict=True):
-        assert [c.token_ids for c in of_prompt] == [[EOS], [prompt[0], EOS], prompt[:2]]
+        assert [list(c.token_ids) for c in of_prompt] == [[EOS], [prompt[0], EOS], prompt[:2]]
         assert [c.is_finished for c in of_prompt] == [True, True, False]
         expected = [log_prob_alone(model, prompt, c.token_ids, 0.7) for c in of_prompt]
         assert [c.log_prob for c in of_prompt] == pytest.approx(expected, abs=1e-4)

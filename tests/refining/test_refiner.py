@@ -238,7 +238,7 @@ def test_a_refresh_puts_new_responses_in_place_of_the_lowest_ones():
     assert [record["example_id"] for record in records] == [2, 4]
     for record in records:
         refined = refiner.buffer.rows[record["example_id"]]
-        assert record["token_ids"] == [list(r.token_ids) for r in refined.responses]
+        assert [list(row_ids) for row_ids in record["token_ids"]] == [list(r.token_ids) for r in refined.responses]
         assert record["log_probs"] == [r.sampling_log_prob for r in refined.responses]
         assert record["log_probs"] != [r.generator_log_prob for r in refined.responses], "drawn at another temperature"
         assert record["response_weights"] == pytest.approx(refiner.buffer.weights(record["example_id"]).tolist())

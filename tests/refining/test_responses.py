@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from tamis.refining.generation import Completion
 from tamis.refining.responses import RefinedRow, Response, ResponseBuffer
 
 UNIFORM_3 = [math.log(1 / 3)] * 3
@@ -182,11 +183,12 @@ def test_state_dict_round_trip_is_bit_for_bit(rows):
 
 
 def test_a_buffer_of_many_responses_is_small():
-    """50,000 rows with 4 responses of 256 tokens are to fit in 300 MB; here a fiftieth of them."""
+    """50,000 rows with 4 responses of 256 tokens are to fit in 300 MB, as they come and as they stay; a fiftieth."""
     ids = list(range(70_000, 70_256))  # of a large vocabulary: numbers that Python does not share
     tracemalloc.start()
     try:
-        rows = [[Response(ids, -1.0 * j, -2.0 * j, 0.5, 0.1 * j) for j in range(4)] for _ in range(1000)]
+        generated = [[Completion([*ids], -1.0 * j, True) for j in range(4)] for _ in range(1000)]
+        rows = [[Response(c.token_ids, c.log_prob, -2.0, 0.5, 0.1) for c in found] for found in generated]
         buffer = buffer_of(*rows)
         del rows
         num_bytes = tracemalloc.get_traced_memory()[0]

@@ -35,6 +35,7 @@ from tamis.checkpoint import ResumableError
 from tamis.losses import evaluation_mode
 from tamis.progress import Bar
 from tamis.ranks import is_sharded
+from tamis.refining.responses import as_int32
 
 logger = logging.getLogger(__name__)
 
@@ -65,20 +66,23 @@ class SamplingSettings:
     max_new_tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One generated completion.
 
     Attributes:
-        token_ids: as generated, with the closing token if it has one.
+        token_ids: as generated, with the closing token if it has one; kept as int32.
         log_prob: nats, sum over the tokens, under the distribution it was drawn from: at its temperature, and
             renormalised over the tokens that top_p left.
         is_finished: it ended with a closing token.
     """
 
-    token_ids: list[int]
+    token_ids: Sequence[int]
     log_prob: float
     is_finished: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", as_int32(self.token_ids))
 
 
 class Generator(Protocol):
@@ -248,7 +252,7 @@ class VllmGenerator:
         for token_ids, per_token in zip(generated, log_probs, strict=True):
             total = sum(drawn[0] if drawn[0] is not None else math.nan for drawn in per_token)
             is_finished = bool(token_ids) and token_ids[-1] in self.eos_token_ids
-            completions.append(Completion(list(token_ids), total, is_finished))
+            completions.append(Completion(token_ids, total, is_finished))
         return [completions[i : i + num_generations] for i in range(0, len(rows), num_generations)]
 
 
@@ -330,12 +334,12 @@ def closing_tokens(model: Any, processing_class: PreTrainedTokenizerBase) -> lis
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
-def sampled_log_prob(model: Any, prompt: list[int], token_ids: list[int], settings: SamplingSettings) -> float:
+def sampled_log_prob(model: Any, prompt: list[int], token_ids: Sequence[int], settings: SamplingSettings) -> float:
     """Sum of log-probabilities of a completion under the sampling distribution, by a forward of its own."""
     if not token_ids:
         return 0.0
     with evaluation_mode(model), torch.no_grad():
-        ids = torch.tensor([prompt + token_ids], device=model.device)
+        ids = torch.tensor([[*prompt, *token_ids]], device=model.device)
         logits_TV = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / settings.temperature
     return float(logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum())
 

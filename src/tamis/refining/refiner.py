@@ -32,7 +32,7 @@ from tamis.refining.generation import Completion, GenerationError, Generator, ve
 from tamis.refining.responses import RefinedRow, Response, ResponseBuffer
 from tamis.selection.row_weights import RowWeights, ScoutWeights
 from tamis.selection.scout import Scout
-from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, Substitute, as_row, prompt_and_response
+from tamis.stream import Batches, BatchRows, MicroBatch, PreparedRows, Substitute, as_rows, prompt_and_response
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class Refiner:
         if not flat:
             return {}
         prompts = dict(zip(usable, self.prompts(list(usable)), strict=True))
-        dataset = Dataset.from_list([as_row(prompts[i], completion.token_ids) for i, completion in flat])
+        dataset = as_rows([(prompts[i], completion.token_ids) for i, completion in flat])
         loss_R, reference_R, p_right_R = self.losses(dataset), torch.full((len(flat),), math.nan), torch.ones(len(flat))
         if scout := self._scoring_scout:
             p_right_R = scout.p_right(dataset)
@@ -329,7 +329,7 @@ class Refiner:
         for i in batch.training_ids:
             if i in self.buffer.rows:
                 chosen = self.buffer.choose(i, step)
-                found[i] = Substitute(chosen, list(self.buffer.rows[i].responses[chosen].token_ids))
+                found[i] = Substitute(chosen, self.buffer.rows[i].responses[chosen].token_ids)
         return MicroBatch(batch.training_ids, batch.validation_ids, found)
 
     def reference_losses(self, rows: BatchRows) -> Tensor:
