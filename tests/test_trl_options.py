@@ -38,8 +38,8 @@ WORKS = """
     dataloader_drop_last label_names ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
     ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config debug skip_memory_metrics do_train do_eval do_predict
     resume_from_checkpoint local_rank model_init_kwargs trust_remote_code router_aux_loss_coef chat_template_path
-    dataset_num_proc eos_token max_length truncation_mode shuffle_dataset pad_to_multiple_of completion_only_loss
-    assistant_only_loss activation_offloading pad_token
+    dataset_num_proc eos_token max_length truncation_mode shuffle_dataset pad_to_multiple_of padding_free
+    completion_only_loss assistant_only_loss activation_offloading pad_token
 """.split()  # noqa: SIM905
 
 
@@ -68,7 +68,6 @@ REFUSED = {
     "dataset_kwargs": ({"skip_prepare_dataset": True}, "skip_prepare_dataset is not supported"),
     "packing": (True, "packing joins rows"),
     "eval_packing": (True, "packing joins rows"),
-    "padding_free": (True, "padding_free joins the rows of a batch"),
     "loss_type": ("dft", "has no per-row log-likelihood"),
     "dataset_text_field": ("content", 'dataset.rename_column("content", "text")'),  # by the rows: see below
 }
@@ -178,6 +177,8 @@ def test_what_a_sharded_model_cannot_do_is_refused(tmp_path, monkeypatch, by_lau
         for reference in ("base", "tracked"):
             with pytest.raises(ValueError, match="the references 'base' and 'tracked' cannot be had"):
                 check_sharded(engine, version, selector="mirror", reference=reference)
+        with pytest.raises(ValueError, match="padding_free is not checked for models sharded"):
+            check_sharded(engine, version, selector="none", padding_free=True)
     for settings in SCOUTING_OR_REFINING:
         check_sharded("fsdp", **settings)
         with pytest.raises(ValueError, match="set `fsdp_version: 2`"):
@@ -225,10 +226,11 @@ RUNS = {
         "max_grad_norm": 0.1, "warmup_steps": 2, "lr_scheduler_type": "cosine_with_restarts",
         "lr_scheduler_kwargs": {"num_cycles": 2}, "max_steps": 4, "full_determinism": True, "logging_first_step": True,
     },
-    "another optimizer, accumulation, epochs": {
+    "another optimizer, accumulation, epochs, no padding": {
         "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4, "num_train_epochs": 2.0, "max_steps": -1, "seed": 7, "data_seed": 3,
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}, "torch_empty_cache_steps": 1,
+        "padding_free": True, "max_length": None,
     },
     "rows to tokens": {
         "max_length": 5, "completion_only_loss": False, "eos_token": "<unk>", "shuffle_dataset": True,
@@ -360,6 +362,10 @@ def refused(tmp_path, arguments: dict, **settings) -> str:
     return str(caught.value)
 
 
+def test_a_collator_is_refused_where_rows_go_without_padding(tmp_path):
+    assert "leave `data_collator` out" in refused(tmp_path, {"data_collator": pad_left}, padding_free=True)
+
+
 @pytest.mark.parametrize(("arguments", "message"), REFUSED_ARGUMENTS)
 def test_arguments_that_are_refused(tmp_path, arguments, message):
     assert message in refused(tmp_path, arguments)
@@ -388,7 +394,7 @@ def test_formats_may_differ_where_every_token_is_trained_on(tmp_path, model_dir)
 
 
 def flatten(rows):
-    """What padding-free training does."""
+    """What TRL's padding-free training does."""
     return {name: torch.tensor([list(chain(*(row[name] for row in rows)))]) for name in ("input_ids", "labels")}
 
 

@@ -43,7 +43,7 @@ def settle_arguments(
         args = BilevelConfig(output_dir=f"{name.split('/')[-1]}-tamis")
     if not isinstance(args, BilevelConfig):
         raise ValueError(f"args must be a BilevelConfig, got {type(args).__name__}")
-    refuse_arguments(others)
+    refuse_arguments(args, others)
     if isinstance(selector, str):
         args.selector = selector  # type: ignore[assignment]
     elif selector is not None:

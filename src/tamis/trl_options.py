@@ -21,8 +21,8 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
     "packing": (lambda args: args.packing, _PACKING),
     "eval_packing": (lambda args: args.eval_packing, _PACKING),
     "padding_free": (
-        lambda args: args.padding_free,
-        "padding_free joins the rows of a batch, and the losses of rows are needed: leave it off",
+        lambda args: args.padding_free and is_sharded(args),
+        "padding_free is not checked for models sharded by FSDP or DeepSpeed: leave it off",
     ),
     "loss_type": (
         lambda args: args.loss_type not in ("nll", "chunked_nll"),
@@ -140,7 +140,7 @@ def refuse_parallelism(parallelism: ParallelismConfig | None) -> None:
         )
 
 
-def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+def refuse_arguments(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments of the trainer that tamis cannot honour.
 
     Raises:
@@ -149,6 +149,8 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
     for name, sentence in REFUSED_ARGUMENTS.items():
         if arguments.get(name) is not None:
             raise ValueError(sentence)
+    if args.padding_free and arguments.get("data_collator") is not None:
+        raise ValueError("padding_free needs the batches of TRL's collator: leave `data_collator` out")
 
 
 def is_sharded(args: SFTConfig) -> bool:
