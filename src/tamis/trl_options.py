@@ -37,9 +37,9 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
         "skip_prepare_dataset is not supported: rows are numbered while they are prepared",
     ),
     "train_sampling_strategy": (
-        lambda args: args.train_sampling_strategy != "random",
-        "train_sampling_strategy '{value}' is not supported: rows are drawn by seed, epoch and step alone. Leave it "
-        "at random",
+        lambda args: args.train_sampling_strategy not in ("random", "batch_rebalance"),
+        "train_sampling_strategy '{value}' is not supported: the rows of a step are drawn at random, so that each step "
+        "stands for the data. Leave it at random, or choose batch_rebalance, which sorts the rows of a step by length",
     ),
     "auto_find_batch_size": (
         lambda args: args.auto_find_batch_size,
@@ -86,7 +86,7 @@ NO_EFFECT: dict[str, list[str]] = {
     ],
     "the rows and tokens of a step are counted over all devices": ["average_tokens_across_devices"],
     "packing is off": ["packing_strategy"],
-    "train_sampling_strategy is 'random'": ["length_column_name"],
+    "the lengths of rows are counted": ["length_column_name"],
 }  # fmt: skip
 
 # Arguments of SFTTrainer.
