@@ -11,7 +11,8 @@ in the same number of steps. Models, rows, optimizer, attention and collator are
 in turn in one process after one of both that is not counted, with the smallest and the largest (`low`, `high`). It is
 the processor's time on one thread, so that other work on the machine matters little. Scouting comes before the first
 step, responses are generated between steps: neither is in it, see `scout_cost.py` and `refining_cost.py`.
-Cases that name a setting after a comma and "against" compare tamis with it and without it: `sft_s` is without.
+Cases "... against ..." compare tamis with a setting and without it: `sft_s` and `sft_mb` are without. They run only
+where `--cases` names them.
 `memory_ratio` is that of the most memory that a process takes after the libraries are loaded, each in a process of its
 own.
 """
@@ -191,7 +192,8 @@ def measure(arguments: argparse.Namespace, model_dir: Path) -> list[dict[str, An
 
 def main() -> None:
     parser = make_parser(__doc__, quick="one pair of two cases: shows that it runs", seeds=())
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    beside_sft = [name for name, case in CASES.items() if case.added is None]
+    parser.add_argument("--cases", nargs="+", default=beside_sft, choices=list(CASES))
     parser.add_argument("--num_pairs", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.quick:
