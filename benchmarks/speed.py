@@ -11,6 +11,8 @@ in the same number of steps. Models, rows, optimizer, attention and collator are
 in turn in one process after one of both that is not counted, with the smallest and the largest (`low`, `high`). It is
 the processor's time on one thread, so that other work on the machine matters little. Scouting comes before the first
 step, responses are generated between steps: neither is in it, see `scout_cost.py` and `refining_cost.py`.
+Cases "... against ..." compare tamis with a setting and without it: `sft_s` and `sft_mb` are without. They run only
+where `--cases` names them.
 `memory_ratio` is that of the most memory that a process takes after the libraries are loaded, each in a process of its
 own.
 """
@@ -48,21 +50,26 @@ ONE_SCOUT: dict[str, Any] = {"scout_learning_rate": 1e-5, "scout_epochs": 1}  # 
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared with plain SFT.
+    """What is compared with plain SFT, or with itself.
 
     Attributes:
         settings: of tamis.
         num_validation: rows of each micro-batch.
         is_long_tailed: the lengths of the rows.
+        added: settings whose effect is measured: tamis with them is compared with tamis without them.
     """
 
     settings: dict[str, Any]
     num_validation: int = 1
     is_lora: bool = False
     is_long_tailed: bool = False
+    added: dict[str, Any] | None = None
 
 
 MIRROR = {"selector": "mirror"}
+EQUAL = {"selector": "none", "per_device_validation_batch_size": 1}
+IN_FOUR = EQUAL | {"per_device_train_batch_size": BATCH_SIZE // 2, "gradient_accumulation_steps": 4}
+NO_PADDING, BY_LENGTH = {"padding_free": True}, {"train_sampling_strategy": "batch_rebalance"}
 REFINING = ONE_SCOUT | {"refine_fraction": 0.5, "num_generations": 2, "max_new_tokens": NUM_TOKENS // 2}
 CASES = {
     "defaults": Case(ONE_SCOUT),
@@ -74,6 +81,11 @@ CASES = {
     "mirror, reference tracked": Case(MIRROR | {"reference": "tracked"}, BATCH_SIZE),
     "refining": Case(REFINING),
     "refining, LoRA": Case(REFINING, is_lora=True),
+    "padding_free against padding, uniform": Case(EQUAL, added=NO_PADDING),
+    "padding_free against padding, long-tailed": Case(EQUAL, is_long_tailed=True, added=NO_PADDING),
+    "padding_free against padding, long-tailed, LoRA": Case(EQUAL, is_long_tailed=True, is_lora=True, added=NO_PADDING),
+    "batch_rebalance against random, long-tailed": Case(IN_FOUR, is_long_tailed=True, added=BY_LENGTH),
+    "both against neither, long-tailed": Case(IN_FOUR, is_long_tailed=True, added=NO_PADDING | BY_LENGTH),
 }
 
 
@@ -120,10 +132,9 @@ def make_trainer(case: Case, is_ours: bool, model_dir: Path, folder: str, **sett
     validation = make_rows(num_validation, case.is_long_tailed, seed=1)
     common: dict[str, Any] = {"output_dir": folder, "num_train_epochs": 1} | SHARED | settings
     lora = LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"]) if case.is_lora else None
-    if is_ours:
-        args = BilevelConfig(
-            per_device_train_batch_size=BATCH_SIZE, overwrite_output_dir=True, **common | case.settings
-        )
+    if is_ours or case.added is not None:
+        common |= {"per_device_train_batch_size": BATCH_SIZE, "overwrite_output_dir": True} | case.settings
+        args = BilevelConfig(**common | ((case.added or {}) if is_ours else {}))
         return BilevelTrainer(
             str(model_dir), args, train_dataset=train, validation_dataset=validation, peft_config=lora
         )
@@ -181,7 +192,8 @@ def measure(arguments: argparse.Namespace, model_dir: Path) -> list[dict[str, An
 
 def main() -> None:
     parser = make_parser(__doc__, quick="one pair of two cases: shows that it runs", seeds=())
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    beside_sft = [name for name, case in CASES.items() if case.added is None]
+    parser.add_argument("--cases", nargs="+", default=beside_sft, choices=list(CASES))
     parser.add_argument("--num_pairs", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.quick:

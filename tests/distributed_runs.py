@@ -27,10 +27,11 @@ LORA = {
     "max_new_tokens": 16,
 }
 FOLLOWING = {"selector": "mirror", "selector_learning_rate": 0.1}
+BY_LENGTH = {"padding_free": True, "train_sampling_strategy": "batch_rebalance"}
 RUNS = {
     "scores follow the steps": FOLLOWING,
     "scouted": ONE_TRIAL,
-    "tokens, accumulation": FOLLOWING | {"loss_reduction": "token", "gradient_accumulation_steps": 2},
+    "tokens, accumulation": FOLLOWING | BY_LENGTH | {"loss_reduction": "token", "gradient_accumulation_steps": 2},
     "tracked": FOLLOWING | {"reference": "tracked", "reference_learning_rate": 1e-4},
     "refining": FOLLOWING | REFINING,
     "scouted, refining": SAVED,

@@ -339,7 +339,7 @@ def test_secrets_are_not_written_down(tmp_path):
     assert "hf_secret" not in str(given)
 
 
-@pytest.mark.parametrize("settings", [{"packing": True}, {"padding_free": True}])
+@pytest.mark.parametrize("settings", [{"packing": True}, {"eval_packing": True}])
 def test_settings_are_refused_before_the_model_is_loaded(tmp_path, settings):
     rows = Dataset.from_list(pairs(3))
     with pytest.raises(ValueError, match="joins"):

@@ -167,8 +167,9 @@ def test_batch_times_accumulation_is_all_that_counts(bilevel, settings):
     # With `tracked` the excess is the difference of two models: a softer rule keeps its rounding small.
     expected = run_with(bilevel, 8, 1, selector_learning_rate=0.5, **settings)
     assert expected.state.global_step == 4 and expected.weighting.row_weights.table.score_N.std() > 0.05
-    for batch_size, accumulation in ((4, 2), (1, 8)):
-        actual = run_with(bilevel, batch_size, accumulation, selector_learning_rate=0.5, **settings)
+    for batch_size, accumulation, strategy in ((4, 2, "random"), (1, 8, "random"), (2, 4, "batch_rebalance")):
+        sampling = {"train_sampling_strategy": strategy}
+        actual = run_with(bilevel, batch_size, accumulation, selector_learning_rate=0.5, **settings, **sampling)
         assert actual.state.global_step == 4
         assert_close(parameters(actual.model), parameters(expected.model), atol=2e-6)
         table, other = actual.weighting.row_weights.table, expected.weighting.row_weights.table

@@ -38,8 +38,8 @@ WORKS = """
     dataloader_drop_last label_names ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
     ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config debug skip_memory_metrics do_train do_eval do_predict
     resume_from_checkpoint local_rank model_init_kwargs trust_remote_code router_aux_loss_coef chat_template_path
-    dataset_num_proc eos_token max_length truncation_mode shuffle_dataset pad_to_multiple_of completion_only_loss
-    assistant_only_loss activation_offloading pad_token
+    dataset_num_proc eos_token max_length truncation_mode shuffle_dataset pad_to_multiple_of padding_free
+    completion_only_loss assistant_only_loss activation_offloading pad_token train_sampling_strategy
 """.split()  # noqa: SIM905
 
 
@@ -54,7 +54,7 @@ NO_EFFECT = {
     "dataloader_multiprocessing_context": ("spawn", _MAIN_PROCESS),
     "dataloader_in_order": (False, _MAIN_PROCESS),
     "remove_unused_columns": (False, "training rows reach the collator as input_ids and labels"),
-    "length_column_name": ("num_tokens", "train_sampling_strategy is 'random'"),
+    "length_column_name": ("num_tokens", "the lengths of rows are counted"),
     "packing_strategy": ("wrapped", "packing is off"),
 }
 # A value, and a part of the sentence.
@@ -63,12 +63,10 @@ REFUSED = {
     "auto_find_batch_size": (True, "auto_find_batch_size starts a run over whose scores have moved"),
     "enable_jit_checkpoint": (True, "enable_jit_checkpoint may save between the step of the scores"),
     "parallelism_config": (ParallelismConfig(tp_size=2), "parallelism_config"),
-    "train_sampling_strategy": ("group_by_length", "train_sampling_strategy 'group_by_length'"),
     "deepspeed": ({"zero_optimization": {"stage": 2}}, "DeepSpeed keeps gradients and optimizer to itself"),
     "dataset_kwargs": ({"skip_prepare_dataset": True}, "skip_prepare_dataset is not supported"),
     "packing": (True, "packing joins rows"),
     "eval_packing": (True, "packing joins rows"),
-    "padding_free": (True, "padding_free joins the rows of a batch"),
     "loss_type": ("dft", "has no per-row log-likelihood"),
     "dataset_text_field": ("content", 'dataset.rename_column("content", "text")'),  # by the rows: see below
 }
@@ -81,12 +79,14 @@ REFUSED_VALUES = [
     ({"fp16": True, "reference": "tracked", "selector": "mirror"}, "fp16 scales the loss"),
     ({"activation_offloading": True}, "activation_offloading needs an accelerator"),
     ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy 'sequential'"),
+    ({"train_sampling_strategy": "group_by_length"}, "or choose batch_rebalance"),
     ({"save_only_model": True, "refine_fraction": 0.5}, "set `refine_on_error='continue'`"),
     ({"completion_only_loss": False, "refine_fraction": 0.5}, "completion_only_loss false trains on prompts"),
 ]
 ALLOWED_VALUES = [
     {"save_only_model": True, "refine_fraction": 0.5, "refine_on_error": "continue"},
     {"save_only_model": True},
+    {"train_sampling_strategy": "batch_rebalance", "gradient_accumulation_steps": 2},
     {"fp16": True, "selector": "none", "rho": 0.5},
     {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}, "non_blocking": True}},
 ]
@@ -146,6 +146,12 @@ def test_options_without_effect(tmp_path, caplog, name):
     assert message.startswith(f"{name} is set but has no effect: ") and reason in message
 
 
+def test_sorting_by_length_is_without_effect_where_a_step_is_one_micro_batch(tmp_path, caplog):
+    check(config(tmp_path, train_sampling_strategy="batch_rebalance"))
+    (record,) = caplog.records
+    assert record.message.endswith("train_sampling_strategy is set but has no effect: a step has one micro-batch")
+
+
 def test_settings_of_data_loaders_are_without_effect(tmp_path, caplog):
     check(config(tmp_path, accelerator_config={"dispatch_batches": True, "non_blocking": True}))
     (record,) = caplog.records
@@ -178,6 +184,8 @@ def test_what_a_sharded_model_cannot_do_is_refused(tmp_path, monkeypatch, by_lau
         for reference in ("base", "tracked"):
             with pytest.raises(ValueError, match="the references 'base' and 'tracked' cannot be had"):
                 check_sharded(engine, version, selector="mirror", reference=reference)
+        with pytest.raises(ValueError, match="padding_free is not checked for models sharded"):
+            check_sharded(engine, version, selector="none", padding_free=True)
     for settings in SCOUTING_OR_REFINING:
         check_sharded("fsdp", **settings)
         with pytest.raises(ValueError, match="set `fsdp_version: 2`"):
@@ -225,10 +233,11 @@ RUNS = {
         "max_grad_norm": 0.1, "warmup_steps": 2, "lr_scheduler_type": "cosine_with_restarts",
         "lr_scheduler_kwargs": {"num_cycles": 2}, "max_steps": 4, "full_determinism": True, "logging_first_step": True,
     },
-    "another optimizer, accumulation, epochs": {
+    "another optimizer, accumulation, epochs, no padding": {
         "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4, "num_train_epochs": 2.0, "max_steps": -1, "seed": 7, "data_seed": 3,
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}, "torch_empty_cache_steps": 1,
+        "padding_free": True, "max_length": None, "train_sampling_strategy": "batch_rebalance",
     },
     "rows to tokens": {
         "max_length": 5, "completion_only_loss": False, "eos_token": "<unk>", "shuffle_dataset": True,
@@ -360,6 +369,10 @@ def refused(tmp_path, arguments: dict, **settings) -> str:
     return str(caught.value)
 
 
+def test_a_collator_is_refused_where_rows_go_without_padding(tmp_path):
+    assert "leave `data_collator` out" in refused(tmp_path, {"data_collator": pad_left}, padding_free=True)
+
+
 @pytest.mark.parametrize(("arguments", "message"), REFUSED_ARGUMENTS)
 def test_arguments_that_are_refused(tmp_path, arguments, message):
     assert message in refused(tmp_path, arguments)
@@ -388,7 +401,7 @@ def test_formats_may_differ_where_every_token_is_trained_on(tmp_path, model_dir)
 
 
 def flatten(rows):
-    """What padding-free training does."""
+    """What TRL's padding-free training does."""
     return {name: torch.tensor([list(chain(*(row[name] for row in rows)))]) for name in ("input_ids", "labels")}
 
 

@@ -43,7 +43,7 @@ def settle_arguments(
         args = BilevelConfig(output_dir=f"{name.split('/')[-1]}-tamis")
     if not isinstance(args, BilevelConfig):
         raise ValueError(f"args must be a BilevelConfig, got {type(args).__name__}")
-    refuse_arguments(others)
+    refuse_arguments(args, others)
     if isinstance(selector, str):
         args.selector = selector  # type: ignore[assignment]
     elif selector is not None:
@@ -191,6 +191,7 @@ def _inactive(
     add(args.rho_start is None, "rho_start is not set", "rho_decay_ratio")
     unused = f"selector {selector_name} with rho {args.rho} uses no validation rows"
     add(not args.uses_validation(selector), unused, "validation_dataset")
+    add(args.micro_batches_per_step == 1, "a step has one micro-batch", "train_sampling_strategy")
     add(not args.refines, "refine_fraction is 0", *REFINING_FIELDS[1:])
     uniform = args.response_weighting == "uniform"
     add(uniform, "response_weighting is 'uniform'", "response_temperature", "ratio_level", "importance_ratio_cap")

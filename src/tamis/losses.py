@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tamis.bilevel import example_losses
+from tamis.padding_free import joined_forward
 from tamis.progress import track
 from tamis.ranks import local, named_parameters, share, trained
 
@@ -48,8 +49,12 @@ def stop_if_not_finite(loss_B: Tensor, name_of: Callable[[int], str], step: int)
 
 
 def fused_forward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Token-mean losses (B) of a batch by a model that carries TRL's fused LM head, and all of its outputs."""
-    outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    """Token-mean losses (B) of a batch by a model that carries TRL's fused LM head, and all of its outputs.
+
+    Rows of a batch with ``position_ids`` go through the model without padding: see `tamis.padding_free`.
+    """
+    is_padded = "position_ids" not in inputs
+    outputs = model(**inputs, use_cache=False, fused_lm_head=True) if is_padded else joined_forward(model, inputs)
     nll_B, _ = example_losses(outputs.log_probs, outputs.label_mask)
     return nll_B, outputs
 

@@ -88,10 +88,12 @@ class PreparedRows:
     """Token ids and labels of the prepared rows of a dataset, by id.
 
     Args:
-        dataset: ``input_ids``, ``labels``, ``example_id``; rows that were left out are not in it.
+        dataset: ``input_ids``, ``labels``, ``example_id``; rows that were left out are not in it. ``num_tokens`` of
+            each row may be there.
     """
 
     def __init__(self, dataset: Dataset):
+        self._dataset = dataset
         self.ids = torch.tensor(dataset["example_id"][:], dtype=torch.int64)
         self._rows = dataset.select_columns(["input_ids", "labels"])
         self._places = torch.full((int(self.ids.max()) + 1,), -1, dtype=torch.int64)
@@ -99,6 +101,11 @@ class PreparedRows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Of each row (int64), before it was cut."""
+        return torch.tensor(self._dataset["num_tokens"][:], dtype=torch.int64)
 
     def take(self, example_ids: Sequence[int]) -> list[dict[str, list[int]]]:
         """The rows with these ids, in their order; one read of the dataset."""
@@ -154,12 +161,19 @@ def drawn_rows(visits_N: Tensor, seed: int, epoch: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(num_rows), counts)
 
 
+def longest_first(places: Tensor, length_of: Tensor, rows_per_step: int) -> Tensor:
+    """The rows of each optimizer step, the longest first; every step keeps its rows."""
+    by_length = length_of[places].argsort(descending=True, stable=True)
+    return places[by_length[(by_length // rows_per_step).argsort(stable=True)]]
+
+
 class BilevelBatchSampler(Sampler[list[int]]):
     """Places in the concatenation (training rows, validation rows), one list per step of one rank.
 
     An epoch is one pass over the training rows; the validation rows cycle through permutations of their own. All ranks
     together hold a contiguous slice of the permutation in each step, so 2 ranks of 8 rows see what 1 rank of 16 does.
-    Where rows are visited by their weight, an epoch has as many visits, and each row a share of them.
+    Where rows are visited by their weight, an epoch has as many visits, and each row a share of them. By lengths only
+    the rows of one step change places, so that a step descends the same objective.
 
     Args:
         num_training, num_validation: rows of the two datasets; ``num_validation`` may be 0.
@@ -172,6 +186,8 @@ class BilevelBatchSampler(Sampler[list[int]]):
         drop_last: leave out the last step of an epoch if it has fewer training rows than the others.
         visits: how often each training row is to be visited in an epoch on average (mean one), asked at every step
             and drawn anew where it is another tensor; None for each row once.
+        lengths: of the training and validation rows: those of a step are dealt to its micro-batches and ranks by
+            length, the longest first, so that there is less padding. None: as they come.
     """
 
     def __init__(
@@ -187,6 +203,7 @@ class BilevelBatchSampler(Sampler[list[int]]):
         num_ranks: int = 1,
         drop_last: bool = False,
         visits: Callable[[], Tensor | None] = lambda: None,
+        lengths: Tensor | None = None,
     ):
         self.num_training, self.num_validation = num_training, num_validation
         self.training_batch_size = training_batch_size
@@ -194,7 +211,7 @@ class BilevelBatchSampler(Sampler[list[int]]):
         self.seed, self.epoch, self.accumulation = seed, 0, accumulation
         self.rank, self.num_ranks = rank, num_ranks
         self._order = EndlessPermutations(num_validation, seed)
-        self.drop_last, self._visits = drop_last, visits
+        self.drop_last, self._visits, self._lengths = drop_last, visits, lengths
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is. `transformers` does, at the start of each and on resume."""
@@ -210,14 +227,20 @@ class BilevelBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, visits = self.epoch, None
         places = permutation(self.num_training, self.seed, epoch, level=0)
-        order = places
         stride = self.training_batch_size * self.num_ranks
+        order = self._within_steps(places, stride)
         for step in range(len(self)):
             present = self._visits()
             if present is not None and present is not visits:
-                visits, order = present, drawn_rows(present, self.seed, epoch)[places]
+                visits = present
+                order = self._within_steps(drawn_rows(present, self.seed, epoch)[places], stride)
             rows = order[step * stride : (step + 1) * stride].tensor_split(self.num_ranks)[self.rank]
             yield rows.tolist() + self._validation_places(epoch, step)
+
+    def _within_steps(self, places: Tensor, stride: int) -> Tensor:
+        """The rows of an epoch, those of each step in the order in which they are dealt out."""
+        places = places[: len(self) * stride]  # rows of a micro-batch that is left out are any, not the shortest
+        return places if self._lengths is None else longest_first(places, self._lengths, stride * self.accumulation)
 
     def _validation_places(self, epoch: int, micro_batch: int) -> list[int]:
         """What this rank takes of the endless sequence of permutations of the validation dataset.
@@ -226,12 +249,15 @@ class BilevelBatchSampler(Sampler[list[int]]):
         An epoch ends with a step, which may have fewer micro-batches than the others.
         """
         step, place = divmod(micro_batch, self.accumulation)
+        num_micro_batches = min(self.accumulation, len(self) - step * self.accumulation)
         step += epoch * math.ceil(len(self) / self.accumulation)
         num_rows, num_parts = self.validation_rows_per_step, self.accumulation * self.num_ranks
         part = place * self.num_ranks + self.rank
-        first, end = (-(-k * num_rows // num_parts) for k in (part, part + 1))
-        places = self._order.places(step * num_rows + first, end - first)
-        return [self.num_training + place for place in places]
+        first, end, last = (-(-k * num_rows // num_parts) for k in (part, part + 1, num_micro_batches * self.num_ranks))
+        places = torch.tensor(self._order.places(step * num_rows, last), dtype=torch.int64) + self.num_training
+        if self._lengths is not None and last:
+            places = longest_first(places, self._lengths, last)
+        return places[first:end].tolist()
 
 
 def make_stream(
@@ -250,8 +276,10 @@ def make_stream(
         args: for seed and ranks.
         training_batch_size, validation_rows_per_step, visits: see `BilevelBatchSampler`.
     """
-    num_training, num_validation = len(training), 0 if validation is None else len(validation)
-    ids = training.ids if validation is None else torch.cat([training.ids, validation.ids])
+    levels = [training] if validation is None else [training, validation]
+    num_training, num_validation = len(training), sum(map(len, levels[1:]))
+    ids = torch.cat([rows.ids for rows in levels])
+    by_length = args.train_sampling_strategy == "batch_rebalance"
 
     def name(places: list[int]) -> MicroBatch:
         found = ids[places].tolist()
@@ -269,6 +297,7 @@ def make_stream(
         num_ranks=args.world_size,
         drop_last=args.dataloader_drop_last,
         visits=visits,
+        lengths=torch.cat([rows.num_tokens for rows in levels]) if by_length else None,
     )
     places: Any = range(num_training + num_validation)
     return _Stream(places, batch_sampler=sampler, collate_fn=name)

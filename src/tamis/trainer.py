@@ -33,6 +33,7 @@ from tamis.forms import has_customary_columns, is_in_tokens
 from tamis.hashes import fingerprint
 from tamis.inference import describe
 from tamis.inputs import check_datasets, held_out_datasets, named_datasets, without_repeats
+from tamis.joined_rows import JoinedRows
 from tamis.lengths import check_lengths, with_num_tokens
 from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.output_dir import announce_users_files, claimed, refuse_earlier_run, remove_earlier_run, users_card_kept
@@ -49,7 +50,7 @@ from tamis.weighting import RowWeighting
 logger = logging.getLogger(__name__)
 
 
-class BilevelTrainer(RowEvaluation, ResumableTrainer):
+class BilevelTrainer(RowEvaluation, ResumableTrainer, JoinedRows):
     """Trains on doubtful rows under the guidance of trusted ones, and learns a weight for every doubtful row.
 
     >>> trainer = BilevelTrainer(

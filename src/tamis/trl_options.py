@@ -21,8 +21,8 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
     "packing": (lambda args: args.packing, _PACKING),
     "eval_packing": (lambda args: args.eval_packing, _PACKING),
     "padding_free": (
-        lambda args: args.padding_free,
-        "padding_free joins the rows of a batch, and the losses of rows are needed: leave it off",
+        lambda args: args.padding_free and is_sharded(args),
+        "padding_free is not checked for models sharded by FSDP or DeepSpeed: leave it off",
     ),
     "loss_type": (
         lambda args: args.loss_type not in ("nll", "chunked_nll"),
@@ -37,9 +37,9 @@ REFUSED: dict[str, tuple[Callable[[SFTConfig], Any], str]] = {
         "skip_prepare_dataset is not supported: rows are numbered while they are prepared",
     ),
     "train_sampling_strategy": (
-        lambda args: args.train_sampling_strategy != "random",
-        "train_sampling_strategy '{value}' is not supported: rows are drawn by seed, epoch and step alone. Leave it "
-        "at random",
+        lambda args: args.train_sampling_strategy not in ("random", "batch_rebalance"),
+        "train_sampling_strategy '{value}' is not supported: the rows of a step are drawn at random, so that each step "
+        "stands for the data. Leave it at random, or choose batch_rebalance, which sorts the rows of a step by length",
     ),
     "auto_find_batch_size": (
         lambda args: args.auto_find_batch_size,
@@ -86,7 +86,7 @@ NO_EFFECT: dict[str, list[str]] = {
     ],
     "the rows and tokens of a step are counted over all devices": ["average_tokens_across_devices"],
     "packing is off": ["packing_strategy"],
-    "train_sampling_strategy is 'random'": ["length_column_name"],
+    "the lengths of rows are counted": ["length_column_name"],
 }  # fmt: skip
 
 # Arguments of SFTTrainer.
@@ -140,7 +140,7 @@ def refuse_parallelism(parallelism: ParallelismConfig | None) -> None:
         )
 
 
-def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+def refuse_arguments(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments of the trainer that tamis cannot honour.
 
     Raises:
@@ -149,6 +149,8 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
     for name, sentence in REFUSED_ARGUMENTS.items():
         if arguments.get(name) is not None:
             raise ValueError(sentence)
+    if args.padding_free and arguments.get("data_collator") is not None:
+        raise ValueError("padding_free needs the batches of TRL's collator: leave `data_collator` out")
 
 
 def is_sharded(args: SFTConfig) -> bool:
