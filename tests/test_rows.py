@@ -10,7 +10,7 @@ from conftest import message_of, write_jsonl
 from datasets import Dataset
 
 from tamis.data import load_rows
-from tamis.hashes import fingerprint, hex_digits
+from tamis.hashes import fingerprint, hex_digits, is_in, num_distinct, shared_rows
 from tamis.lengths import report_dropped
 from tamis.rows import attach_example_ids, check_overlap, check_rows, row_table
 
@@ -109,6 +109,17 @@ def test_content_hash_of_messages_ignores_null_fields():
     alone = Dataset.from_list([{"messages": CHAT}])
     with_tools = [{"messages": [*CHAT, {"role": "assistant", "content": "x", "name": "n"}]}, {"messages": CHAT}]
     assert content_hashes(Dataset.from_list(with_tools))[1] == content_hashes(alone)[0]
+
+
+def test_hashes_are_compared_as_numpy_compares_them(monkeypatch):
+    monkeypatch.setattr("tamis.hashes._AT_ONCE", 3)
+    draw = np.random.default_rng(0)
+    first, second = (draw.integers(0, 40, size).astype(np.uint64) + np.uint64(2**63 - 20) for size in (50, 25))
+    assert num_distinct(first) == len(np.unique(first)) and num_distinct(first[:0]) == 0
+    assert is_in(first, second).tolist() == np.isin(first, second).tolist()
+    places = second.tolist()
+    expected = [(i, places.index(digest)) for i, digest in enumerate(first.tolist()) if digest in places]
+    assert list(shared_rows(first, second)) == expected
 
 
 def test_overlap(tmp_path, caplog):

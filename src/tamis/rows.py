@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from tamis.hashes import Hashes, content_hashes, hex_digits, shared_rows
+from tamis.hashes import Hashes, content_hashes, hex_digits, is_in, shared_rows
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +295,8 @@ def check_overlap(datasets: Mapping[str, Dataset], hashes: Mapping[str, Hashes])
     for role in held_out:
         for message in shared("validation_dataset", role, "Remove them from one of the two."):
             raise ValueError(message)
-    if np.array_equal(np.unique(hashes["validation_dataset"]), np.unique(hashes["train_dataset"])):
+    validation, training = hashes["validation_dataset"], hashes["train_dataset"]
+    if is_in(validation, training).all() and is_in(training, validation).all():
         messages = [
             "validation_dataset and train_dataset have the same rows: nothing tells right rows from wrong ones. Give "
             "rows that you trust to `validation_dataset`, and keep them out of `train_dataset`"

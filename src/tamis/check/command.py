@@ -23,7 +23,7 @@ from tamis.check.report import DataSet, Overlap, Report
 from tamis.checks import check_settings
 from tamis.config import BilevelConfig
 from tamis.errors import explain
-from tamis.hashes import num_repeats
+from tamis.hashes import num_distinct, num_repeats
 from tamis.inference import first_row
 from tamis.inputs import check_datasets
 from tamis.prerequisites import check_prerequisites, find_model
@@ -234,7 +234,7 @@ def _describe(
         report.data_sets[role] = DataSet(
             rows=len(datasets[role]),
             bad_rows=bad_rows,
-            **_lengths(trainer, role, len(np.unique(keys[role].row_N)), len(datasets[role])),
+            **_lengths(trainer, role, num_distinct(keys[role].row_N), len(datasets[role])),
             repeated_rows=num_repeats(keys[role].row_N),
             other_answers=overlap.num_other_answers(keys[role]),
             near_duplicates=near[role, role].num_rows,

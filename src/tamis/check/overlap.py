@@ -17,7 +17,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from rensa import RMinHash, RMinHashDeduplicator
 
-from tamis.hashes import Hashes, content_hashes
+from tamis.hashes import Hashes, content_hashes, is_in, num_distinct
 from tamis.inference import prompt_of
 from tamis.progress import track
 from tamis.rows import PROMPT_PARTS, column_values, content_columns
@@ -65,7 +65,7 @@ def _prompt_alone(row: dict[str, Any]) -> dict[str, Any]:
 
 def num_other_answers(keys: Keys) -> int | None:
     """Distinct rows whose prompt has another response in another row, beyond the first of each prompt."""
-    return None if keys.prompt_N is None else len(np.unique(keys.row_N)) - len(np.unique(keys.prompt_N))
+    return None if keys.prompt_N is None else num_distinct(keys.row_N) - num_distinct(keys.prompt_N)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def shared(keys: Keys, other: Keys) -> Shared:
     """How many rows of the first data set are in the other, each as often as it is there."""
     prompts = None
     if keys.prompt_N is not None and other.prompt_N is not None:
-        prompts = int(np.isin(keys.prompt_N, other.prompt_N).sum())
-    return Shared(int(np.isin(keys.row_N, other.row_N).sum()), prompts)
+        prompts = int(is_in(keys.prompt_N, other.prompt_N).sum())
+    return Shared(int(is_in(keys.row_N, other.row_N).sum()), prompts)
 
 
 # --- near-duplicates --------------------------------------------------------------------------------------------------
@@ -132,9 +132,13 @@ def near_duplicates(
 
 def _searched(row_N: Hashes) -> NDArray[np.int64]:
     """Places of the distinct rows in the order of their hashes, which is none; the first of them are a sample."""
-    distinct = np.unique(row_N)
-    (place_N,) = np.nonzero(row_N <= distinct[:MAX_SEARCHED][-1])  # few: only they are sorted with their places
-    return place_N[np.unique(row_N[place_N], return_index=True)[1]]
+    share = 2 * MAX_SEARCHED / len(row_N)  # of the hashes that there may be, which are used evenly
+    while True:
+        (place_N,) = np.nonzero(row_N < np.uint64(share * 2**64)) if share < 1 else (np.arange(len(row_N)),)
+        first = np.unique(row_N[place_N], return_index=True)[1][:MAX_SEARCHED]
+        if share >= 1 or len(first) == MAX_SEARCHED:
+            return place_N[first]
+        share *= 8  # many rows are copies
 
 
 def _search(
