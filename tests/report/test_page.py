@@ -240,5 +240,5 @@ def test_the_nearest_texts_are_those_that_share_words():
 
 
 def test_rare_labels_are_shown_together():
-    groups = grouped([*"aaabbc", *"defg"], most=3)
+    groups = grouped(pa.chunked_array([[*"aaabbc"], [*"defg"]]), most=3)
     assert [(name, mask.sum()) for name, mask in groups] == [("a", 3), ("b", 2), ("all others", 5)]

@@ -130,7 +130,7 @@ def score_histogram(run: RunFolder) -> str | None:
 
 def weight_histogram(run: RunFolder) -> str:
     """How the weights are spread, where there are no scores to show."""
-    weight_N = run.column("weight").astype(float)
+    weight_N = run.column("weight")
 
     def draw(axes: Axes) -> None:
         axes.hist(weight_N, _NUM_BINS, color=OTHER)
@@ -147,7 +147,7 @@ def by_group(name: str, groups: Sequence[tuple[str, Values]], is_kept_N: Values,
     """
     labels = [f"{_shortened(label) or 'none'} ({mask.sum():,})" for label, mask in groups]
     kept = [is_kept_N[mask].mean() if mask.any() else 0.0 for _, mask in groups]
-    weight = [weight_N[mask].mean() if mask.any() else 0.0 for _, mask in groups]
+    weight = [weight_N[mask].mean(dtype=float) if mask.any() else 0.0 for _, mask in groups]
 
     def draw(axes: Axes) -> None:
         places = np.arange(len(groups))

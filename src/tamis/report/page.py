@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -113,10 +114,11 @@ def render(run: RunFolder, label_column: str | None = None, version_url: str = "
 
 def packed_rows(run: RunFolder, shown: Values, texts: RowTexts, max_bytes: int = _MAX_DATA) -> str:
     """The rows of the page: JSON, packed by gzip, as base64; texts are cut until it has at most ``max_bytes``."""
-    sources = list(dict.fromkeys(run.column("source").tolist()))
+    assert run.weights is not None
+    sources = run.weights["source"].unique().to_pylist()
     columns: dict[str, list[Any]] = {
         "place": shown.tolist(),
-        "source": [sources.index(name) for name in run.column("source")[shown].tolist()],
+        "source": [sources.index(name) for name in run.weights["source"].take(shown).to_pylist()],
         "row": run.column("row")[shown].tolist(),
         "weight": _numbers(run.column("weight")[shown]),
         "p_right": _numbers(run.column("p_right")[shown]),
@@ -179,11 +181,11 @@ def _pictures(run: RunFolder, texts: RowTexts) -> list[tuple[str, str, Markup]]:
             found.insert(0, ("Why rows are dropped", explained, histogram))
         else:
             found.append(("Weights", "How many rows have which weight.", charts.weight_histogram(run)))
-        is_kept_N, weight_N = run.column("kept"), run.column("weight").astype(float)
-        sources = grouped(run.column("source").tolist())
+        is_kept_N, weight_N = run.column("kept"), run.column("weight")
+        sources = grouped(run.weights["source"])
         groups = {"By source": sources if len(sources) > 1 else []}
         groups["By length of the response, characters"] = charts.length_groups(texts.length_N)
-        groups["By label"] = grouped(texts.label_N) if texts.label_N else []
+        groups["By label"] = grouped(pa.chunked_array([texts.label_N])) if texts.label_N else []
         for k, (title, group) in enumerate(groups.items()):
             if group:
                 found.append((title, "", charts.by_group(f"group{k}", group, is_kept_N, weight_N)))

@@ -44,13 +44,22 @@ def shown_rows(run: RunFolder, max_shown: int = MAX_SHOWN) -> Values:
     if num_rows <= max_shown:
         return np.arange(num_rows)
     num_extreme = min(_NUM_EXTREME, max_shown // 6)
-    value_N = run.column("score" if run.is_believed else "weight").astype(float)
-    order = np.argsort(np.where(np.isnan(value_N), -np.inf, value_N), kind="stable")
-    at_border = np.argsort(np.abs(np.nan_to_num(value_N, nan=np.inf)), kind="stable")[: 2 * num_extreme]
-    chosen = np.union1d(np.concatenate([order[:num_extreme], order[-num_extreme:]]), at_border)
-    others = np.setdiff1d(np.arange(num_rows), chosen)
-    drawn = np.random.default_rng(0).choice(others, max_shown - len(chosen), replace=False)
-    return np.sort(np.concatenate([chosen, drawn]))
+    value_N = run.column("score" if run.is_believed else "weight").copy()
+    is_unknown_N = np.isnan(value_N)
+    is_chosen_N = np.zeros(num_rows, dtype=bool)
+    value_N[is_unknown_N] = -np.inf
+    is_chosen_N[_lowest(value_N, num_extreme)] = True
+    is_chosen_N[_lowest(-value_N, num_extreme)] = True
+    is_chosen_N[_lowest(np.abs(value_N), 2 * num_extreme)] = True  # unknown ones are the farthest from the border
+    others = np.flatnonzero(~is_chosen_N)
+    num_drawn = max_shown - (num_rows - len(others))
+    is_chosen_N[np.random.default_rng(0).choice(others, num_drawn, replace=False)] = True
+    return np.flatnonzero(is_chosen_N)
+
+
+def _lowest(value_N: Values, number: int) -> Values:
+    """Places of the lowest values, in no order."""
+    return np.argpartition(value_N, number - 1)[:number]
 
 
 def read_texts(run: RunFolder, shown: Values, label_column: str | None = None) -> RowTexts:
@@ -64,7 +73,7 @@ def read_texts(run: RunFolder, shown: Values, label_column: str | None = None) -
         ValueError: there is no such column.
     """
     assert run.weights is not None
-    texts = RowTexts(length_N=np.full(len(run.weights), np.nan))
+    texts = RowTexts(length_N=np.full(len(run.weights), np.nan, np.float32))
     wanted, place, changed = set(shown.tolist()), 0, 0
     labels: list[str] | None = None if label_column is None else []
     known = known_rows(run.path / "weights.parquet")
@@ -135,8 +144,8 @@ def _as_text(content: Any, with_roles: bool = True) -> str:
 def hashes_of(run: RunFolder, shown: Values) -> list[str]:
     """The content hashes of rows, which are in ascending order."""
     found, first = list[str](), 0
-    with pq.ParquetFile(run.path / "weights.parquet") as file:
-        for batch in file.iter_batches(BATCH_SIZE, columns=["content_hash"]):
+    with pq.ParquetFile(run.path / "weights.parquet", pre_buffer=False) as file:
+        for batch in file.iter_batches(BATCH_SIZE, columns=["content_hash"], use_threads=False):
             places = shown[(shown >= first) & (shown < first + len(batch))] - first
             found += batch["content_hash"].take(pa.array(places)).to_pylist()
             first += len(batch)
@@ -155,12 +164,15 @@ def _labels(part: Part, column: str, row_M: Values) -> list[str]:
     return [labels[row] for row in row_M.tolist()]
 
 
-def grouped(values_N: list[str], most: int = _MAX_LABELS) -> list[tuple[str, Values]]:
-    """Each value with whether rows have it, the most frequent first; the rare ones together."""
-    array = np.array(values_N, dtype=object)
-    names, counts = np.unique(array.astype(str), return_counts=True)
-    frequent = names[np.argsort(-counts, kind="stable")][: most if len(names) <= most else most - 1]
-    groups = [(str(name), array == name) for name in frequent]
-    if len(frequent) < len(names):
-        groups.append(("all others", ~np.isin(array.astype(str), frequent)))
+def grouped(values_N: pa.ChunkedArray, most: int = _MAX_LABELS) -> list[tuple[str, Values]]:
+    """Each text with whether rows have it, the most frequent first, then by name; the rare ones together."""
+    encoded = values_N.combine_chunks()
+    encoded = encoded if pa.types.is_dictionary(encoded.type) else encoded.dictionary_encode()
+    names, code_N = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    count_of = dict(enumerate(np.bincount(code_N, minlength=len(names)).tolist()))
+    codes = sorted((code for code in count_of if count_of[code]), key=lambda code: (-count_of[code], names[code]))
+    frequent = codes[: most if len(codes) <= most else most - 1]
+    groups = [(names[code], code_N == code) for code in frequent]
+    if len(frequent) < len(codes):
+        groups.append(("all others", ~np.isin(code_N, frequent)))
     return groups
