@@ -191,6 +191,18 @@ def test_files_of_the_user_stay(bilevel, tmp_path, peft_config, caplog):
     assert sum("stays as it is" in message for message in caplog.messages) == 4
 
 
+def test_a_card_that_a_kill_has_left_empty_is_ours(bilevel, tmp_path, caplog):
+    """TRL opens it, and then writes: found by benchmarks/kills.py."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "README.md").touch()
+    trainer = bilevel(pairs(4), **MIXING, max_steps=1)
+    trainer.train()
+    trainer.create_model_card()
+    assert "fine-tuned" in (run / "README.md").read_text() and not (run / "MODEL_CARD.md").exists()
+    assert "stays as it is" not in caplog.text
+
+
 def test_a_config_that_a_user_has_edited_stays(bilevel, tmp_path):
     path = Path(tmp_path / "run" / "config.yaml")
     bilevel(pairs(4), **MIXING, max_steps=1).train()

@@ -242,7 +242,9 @@ def _is_our_config(path: Path) -> bool:
 
 
 def _is_our_card(path: Path) -> bool:
-    """TRL and PEFT tag the cards that they write with the names of the trainer."""
+    """TRL and PEFT tag the cards that they write with the names of the trainer; a kill may leave an empty one."""
+    if path.stat().st_size == 0:
+        return True
     try:
         return "tamis" in ((metadata_load(path) or {}).get("tags") or ())
     except (ValueError, yaml.YAMLError):
