@@ -9,12 +9,10 @@ directory is not told again. Linux with a C compiler; see `tests/nothing_lost.py
 """
 
 import argparse
-import errno
 import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,10 @@ from common import finish, make_parser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from nothing_lost import AIMS, OPTIONS, SCENARIOS, Death, Runs, forks
+from nothing_lost import AIMS, ERRORS, OPTIONS, SCENARIOS, Death, Runs, forks, write_sites
 
 KILLED = -9
 STORIES, KILLS = 11, 3  # of each scenario and aim; in each
-ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
 
 
 def tell(runs: Runs, name: str, scenario: str, aim: str) -> dict[str, Any]:
@@ -55,17 +52,6 @@ def fail(runs: Runs, name: str, error: str, at: int) -> dict[str, Any]:
     return found | {"words": words.replace(str(runs.folder), ""), "is_clear": is_clear, "differences": differences}
 
 
-def write_sites(runs: Runs) -> Iterator[tuple[str, int]]:
-    """Each kind of write of each file once, with the errors that it may have."""
-    sites: dict[tuple[str, str], int] = {}
-    for at, write in enumerate(runs.whole.writes, 1):
-        sites.setdefault((write.kind, write.name), at)
-    for (kind, _), at in sites.items():
-        for error in ERRORS:
-            if (kind, error) != ("write", "EACCES"):  # permissions are asked for when a file is opened
-                yield error, at
-
-
 def told(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All stories, those of an earlier call among them."""
     file, rows = arguments.output_dir / "stories.jsonl", []
@@ -88,7 +74,7 @@ def told(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for scenario, runs in scenarios.items():
                 for aim in AIMS:
                     add(f"{scenario}, {aim}, {k}", runs, tell, scenario, aim)
-        for k, (error, at) in enumerate(write_sites(scenarios["refining"])):
+        for k, (error, at) in enumerate(write_sites(scenarios["refining"].whole.writes)):
             if k % every == 0:
                 add(f"{error} {at}", scenarios["refining"], fail, error, at)
     return rows

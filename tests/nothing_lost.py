@@ -6,6 +6,7 @@ half way through one. `benchmarks/kills.py` does this hundreds of times, `test_n
 """
 
 import ctypes
+import errno
 import json
 import multiprocessing
 import os
@@ -30,9 +31,10 @@ from safetensors.torch import load_file
 IMPORTED = (
     "nothing_lost", "tamis.cli", "tamis.run", "tamis.summary", "tamis.train_parser", "tamis.terminal", "tamis.trainer",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "trl.trainer.sft_trainer",
-    "peft", "accelerate", "torch.distributed.tensor",
+    "peft", "accelerate", "torch.distributed.tensor", "tamis.curation.select", "tamis.report.page",
 )  # fmt: skip
 SIGKILL = -1  # in place of an errno
+ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
 RESUME = ("--resume_from_checkpoint", "last")
 # What the clock says, and the loss that `transformers` takes the mean of since the process began.
 _OF_THE_CLOCK = re.compile("runtime|per_second|seconds|^train_loss$|^total_flos$")
@@ -99,13 +101,13 @@ class Death:
 NEVER = Death()
 
 
-def _live(arguments: list[str], output_dir: str, said: str, record: str, death: Death) -> None:
+def _live(arguments: list[str], watched: str, said: str, record: str, death: Death) -> None:
     """The process: `tamis` with these arguments, its output in a file."""
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     how = death.how if death.after_s is None else 0
-    ctypes.CDLL(None).watch_writes(output_dir.encode(), record.encode(), death.of.encode(), death.at, how)
+    ctypes.CDLL(None).watch_writes(watched.encode(), record.encode(), death.of.encode(), death.at, how)
     from tamis.cli import main
 
     sys.exit(main(arguments))
@@ -148,6 +150,22 @@ class Life:
         return next((line for line in lines if line.startswith("tamis ")), lines[-1] if lines else "")
 
 
+def live(context: Any, arguments: list[str], watched: Path, death: Death = NEVER) -> Life:
+    """One process of `tamis` with these arguments; of its writes those below the folder ``watched`` count."""
+    said, record = (watched.with_name(f"{watched.name}.{kind}") for kind in ("said", "writes"))
+    record.unlink(missing_ok=True)
+    process = context.Process(target=_live, args=(arguments, str(watched), str(said), str(record), death))
+    process.start()
+    if death.after_s is not None:
+        while process.is_alive() and len(_recorded(record)) < death.at:
+            time.sleep(0.001)
+        process.join(death.after_s)
+        process.kill()
+    process.join()
+    writes = [Write(float(at), kind, path) for at, kind, path in map(str.split, _recorded(record))]
+    return Life(process.exitcode, said.read_text(encoding="utf-8") if said.exists() else "", writes)
+
+
 class Runs:
     """Runs of one scenario in a folder of their own, all with the same rows and the same model."""
 
@@ -162,19 +180,8 @@ class Runs:
 
     def live(self, name: str, *extra: str, death: Death = NEVER, command: str = "train") -> Life:
         """One process that works on the run of this name."""
-        run, said, record = self.folder / name, self.folder / f"{name}.said", self.folder / f"{name}.writes"
-        record.unlink(missing_ok=True)
-        arguments = [command, *self.options, "--output_dir", str(run), *extra]
-        process = self.context.Process(target=_live, args=(arguments, str(run), str(said), str(record), death))
-        process.start()
-        if death.after_s is not None:
-            while process.is_alive() and len(_recorded(record)) < death.at:
-                time.sleep(0.001)
-            process.join(death.after_s)
-            process.kill()
-        process.join()
-        writes = [Write(float(at), kind, path) for at, kind, path in map(str.split, _recorded(record))]
-        return Life(process.exitcode, said.read_text(encoding="utf-8") if said.exists() else "", writes)
+        run = self.folder / name
+        return live(self.context, [command, *self.options, "--output_dir", str(run), *extra], run, death)
 
     def resume(self, name: str, death: Death = NEVER) -> Life:
         """One more process, started as a user would: to go on, or, where the run had not begun, anew."""
@@ -235,6 +242,20 @@ AIMS: dict[str, Callable[[list[Write], random.Random], Death]] = {
     "within a write of the weights": partial(within_a_write, of="weights.parquet"),
     "within any write": within_a_write,
 }
+
+
+# --- writes that fail -------------------------------------------------------------------------------------------------
+
+
+def write_sites(writes: list[Write]) -> Iterator[tuple[str, int]]:
+    """Each kind of write of each file once, with the errors that it may have: the name of one, the write's number."""
+    sites: dict[tuple[str, str], int] = {}
+    for at, write in enumerate(writes, 1):
+        sites.setdefault((write.kind, write.name), at)
+    for (kind, _), at in sites.items():
+        for error in ERRORS:
+            if (kind, error) != ("write", "EACCES"):  # permissions are asked for when a file is opened
+                yield error, at
 
 
 # --- what a run has left ----------------------------------------------------------------------------------------------

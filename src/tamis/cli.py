@@ -5,6 +5,7 @@ model is loaded. What needs torch is imported where it is used: the help and the
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,6 +32,18 @@ logger = logging.getLogger(__name__)
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the command `tamis`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    code = _run(argv)
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # of a file or a pipe that results are sent to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails once more at its exit
+        if code == 0:
+            print(f"tamis: stdout cannot be written ({error.strerror}): see to where it goes", file=sys.stderr)
+            code = 1
+    return code
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2

@@ -24,11 +24,12 @@ class WriteError(OSError):
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, target: Path | None = None) -> Iterator[None]:
     """Within it whatever a library says of a write that has failed becomes a `WriteError` that names the file.
 
     Args:
         path: what is written; of a folder, any file in it.
+        target: what it will become, if a user knows it by that.
 
     Raises:
         WriteError: so it was.
@@ -44,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
             raise
         file = named if path.is_dir() and named.is_relative_to(path.resolve()) else path
         reason = os.strerror(number) if number else "the disk is full, or does not work"
-        raise WriteError(number, reason, str(file)) from error
+        raise WriteError(number, reason, str(target or file)) from error
 
 
 def disk_error(error: BaseException) -> int | None:

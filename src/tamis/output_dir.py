@@ -104,8 +104,13 @@ def _lock(path: Path) -> int:
             )
             return file
         if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
-            os.ftruncate(file, 0)
-            os.pwrite(file, str(os.getpid()).encode(), 0)
+            try:
+                os.ftruncate(file, 0)
+                os.pwrite(file, str(os.getpid()).encode(), 0)
+            except OSError:
+                path.unlink()
+                os.close(file)
+                raise
             return file
         os.close(file)  # its owner has removed it in between
 

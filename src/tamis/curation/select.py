@@ -10,9 +10,8 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +28,8 @@ from tamis.curation.overrides import apply_overrides, read_overrides
 from tamis.curation.refined import USES, NewResponse, read_responses
 from tamis.curation.upload import check_upload, upload
 from tamis.curation.weighed import Source, find_sources, read_weights, weights_path
-from tamis.files import write_atomically, writing
+from tamis.files import WriteError, writing
+from tamis.output_dir import claimed
 from tamis.summary import rows_kept
 
 logger = logging.getLogger(__name__)
@@ -131,13 +131,18 @@ def select(arguments: SelectArguments) -> list[tuple[str, Any]]:
         staged = {kept: stack.enter_context(_staging(folder)) for kept, folder in output_dirs.items()}
         for kept, folder in staged.items():
             for source, name in zip(sources, names, strict=True):
-                _write(source, is_kept_N == kept, columns, responses if kept else {}, folder / name)
-        manifest = _manifest(arguments, choice, path, sources, is_kept_N, responses)
+                with writing(folder / name, output_dirs[kept] / name):
+                    _write(source, is_kept_N == kept, columns, responses if kept else {}, folder / name)
+        with writing(staged[True] / MANIFEST, output_dirs[True] / MANIFEST):
+            manifest = _manifest(arguments, choice, path, sources, is_kept_N, responses)
+            (staged[True] / MANIFEST).write_text(manifest, encoding="utf-8")
         (output_dirs[True] / MANIFEST).unlink(missing_ok=True)  # it would not be of these files
-        for kept, folder in staged.items():
-            for name in names:
-                _put(folder / name, output_dirs[kept] / name)
-        write_atomically(output_dirs[True] / MANIFEST, lambda file: file.write_text(manifest, encoding="utf-8"))
+        moves = [
+            move
+            for kept, target in reversed(output_dirs.items())  # the manifest last
+            for move in _moves(staged[kept], target, [*names, MANIFEST] if kept else names)
+        ]
+        _put(moves, takes_back=not arguments.overwrite_output_dir)
     lines = [rows_kept(pa.array(is_kept_N))]
     if responses:
         num_written = sum(map(len, responses.values()))
@@ -220,18 +225,55 @@ def _refuse_present(folder: Path, names: list[str], sources: list[Source], overw
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` for what is not whole yet."""
+    """A folder for what is not whole yet; what a process that was killed has left in it is removed.
+
+    It lies in ``folder``, or beside it if there is none, so that a move from one to the other is a renaming.
+    """
+    folder = folder.resolve()
+    root = folder / ".tamis" if folder.is_dir() else folder.with_name(f".{folder.name}.tamis")
+    staging = root / "rows"
     with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
-            yield Path(staging)
+        root.mkdir(parents=True, exist_ok=True)
+    try:
+        with claimed(root):
+            shutil.rmtree(staging, ignore_errors=True)
+            try:
+                with writing(folder):
+                    staging.mkdir()
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # another process is there
+            root.rmdir()
 
 
-def _put(staged: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        shutil.rmtree(target)
-    staged.replace(target)
+def _moves(staging: Path, folder: Path, names: list[str]) -> list[tuple[Path, Path]]:
+    """From where to where: the whole folder at once where there is none yet, else its files one after the other."""
+    if not folder.exists():
+        return [(staging, folder)]
+    return [(staging / name, folder / name) for name in names]
+
+
+def _put(moves: list[tuple[Path, Path]], *, takes_back: bool) -> None:
+    """Make all the moves.
+
+    Args:
+        takes_back: undo them if one fails. Only where nothing is overwritten: else old files would be lost.
+
+    Raises:
+        WriteError: one failed.
+    """
+    for k, (staged, target) in enumerate(moves):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_dir():
+                shutil.rmtree(target)
+            staged.replace(target)
+        except OSError as error:
+            for back, put in moves[:k] if takes_back else ():
+                put.replace(back)
+            raise WriteError(error.errno, error.strerror, str(target)) from error
 
 
 def _write(
