@@ -74,7 +74,7 @@ CELLS = [
     *(Cell(name, trusted=trusted) for name in ("other operation", "scan") for trusted in TRUSTED[1:]),
 ]
 QUICK_CELLS = [Cell("other operation"), Cell("irrelevant", num_validation=16)]
-QUICK_POOL, QUICK_SETTINGS = {"num_train": 200, "pretrain_steps": 20}, {"max_steps": 10, "scout_epochs": 2}
+QUICK_POOL, QUICK_SETTINGS = {"num_train": 200, "pretrain_steps": 20}, {"max_steps": 4, "scout_epochs": 1}
 
 
 def run_cell(cell: Cell, pool: Pool, folder: Path, is_quick: bool) -> list[dict[str, Any]]:

@@ -40,8 +40,8 @@ def test_large_rows_are_those_of_small_ones(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "rows.jsonl", rows_of(7))
     mapped = load_rows(path, role="train_dataset")
     (file,) = mapped.cache_files
-    assert files_in(cache) == [f"{mapped._fingerprint}/rows.arrow"] and file["filename"].startswith(str(cache))
-    assert pa.total_allocated_bytes() < 2**20
+    (name,) = files_in(cache)
+    assert name.endswith("/rows.arrow") and file["filename"] == str(cache / name)
     monkeypatch.setattr("tamis.mapped.LARGEST_IN_MEMORY", 2**28)
     in_memory = load_rows(path, role="train_dataset")
     assert in_memory.cache_files == [] and mapped.to_dict() == in_memory.to_dict()

@@ -13,7 +13,8 @@ from conftest import Kill, Killed, assert_close, lora, pairs, parameters, read_j
 from datasets import Dataset
 
 from tamis import BilevelConfig
-from tamis import rows as rows_module
+from tamis import hashes as hashes_module
+from tamis.hashes import hex_digits
 from tamis.recorder import FORMAT_VERSION, Recorder, checkpoint_step, last_complete_checkpoint, write_atomically
 from tamis.rows import check_rows
 from tamis.selection.calibration import fit
@@ -85,7 +86,7 @@ def test_weights_name_every_row_of_the_user(bilevel, tmp_path):
     assert table.schema.metadata[b"tamis_format_version"] == str(FORMAT_VERSION).encode()
     columns = table.to_pydict()
     assert columns["example_id"] == list(range(13)) and columns["row"] == list(range(10, 23))
-    assert columns["content_hash"] == check_rows(Dataset.from_list(rows), "train_dataset")
+    assert columns["content_hash"] == hex_digits(check_rows(Dataset.from_list(rows), "train_dataset"))
     assert [i for i, kept in enumerate(columns["kept"]) if not kept] == [3]
     assert columns["weight"][3] == 0 and columns["num_updates"][3] == 0 and columns["last_loss"][3] is None
     assert (
@@ -194,13 +195,13 @@ def test_numbers_that_are_none_are_null_in_scout_json(tmp_path):
 
 def test_rows_are_hashed_once_in_a_run(bilevel, monkeypatch):
     """Not for the fingerprints, the overlap and every checkpoint anew: a million rows take seconds each time."""
-    hashed, digest = [], rows_module._digest
-    monkeypatch.setattr(rows_module, "_digest", lambda text: hashed.append(text) or digest(text))
+    hashed, digest = [], hashes_module._digest
+    monkeypatch.setattr(hashes_module, "_digest", lambda text: hashed.append(text) or digest(text))
     trainer = bilevel(TRAIN, TRUSTED, HELD_OUT, max_steps=4, save_strategy="steps", save_steps=1, selector="mirror")
     trainer.train()
     rows = [text for text in hashed if text.startswith("{")]
     assert sorted(rows) == sorted(json.dumps(row, sort_keys=True) for row in [*TRAIN, *TRUSTED, *HELD_OUT])
-    assert len(hashed) == len(rows) + 3, "and a fingerprint for each data set"
+    assert len(hashed) == len(rows) + 3, "and what the tokens of each data set are known by"
 
 
 def test_weights_are_written_without_reading_rows(bilevel, monkeypatch, tmp_path):

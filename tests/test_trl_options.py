@@ -370,7 +370,7 @@ def refused(tmp_path, arguments: dict, **settings) -> str:
 
 
 def test_a_collator_is_refused_where_rows_go_without_padding(tmp_path):
-    assert "leave `data_collator` out" in refused(tmp_path, {"data_collator": pad_left}, padding_free=True)
+    assert "leave data_collator out" in refused(tmp_path, {"data_collator": pad_left}, padding_free=True)
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED_ARGUMENTS)

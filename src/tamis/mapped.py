@@ -6,9 +6,10 @@ next run on the same rows.
 
 import hashlib
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain
+from importlib.metadata import version
 from pathlib import Path
 
 import datasets.config
@@ -22,6 +23,7 @@ from tamis.readers import one_line
 # Bytes. Below it a file would only slow things down; ten such tables are still no burden.
 LARGEST_IN_MEMORY = 2**28
 _ROWS_AT_ONCE = 10_000
+_A_DAY = 86_400.0  # seconds
 
 
 def one_table(tables: Iterable[pa.Table], name: str) -> pa.Table:
@@ -60,14 +62,14 @@ def _moved_out(table: pa.Table) -> pa.Table:
     folder = _cache()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".rows.", suffix=".tmp", delete=False) as file:
             path = Path(file.name)
         try:
             _write(table, path)
             return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         finally:
-            with suppress(PermissionError):  # Windows keeps the names of files that are mapped
-                path.unlink()
+            path.unlink()
 
 
 def as_dataset(table: pa.Table) -> Dataset:
@@ -76,10 +78,13 @@ def as_dataset(table: pa.Table) -> Dataset:
     Raises:
         WriteError: the file cannot be written.
     """
-    fingerprint = _digest(table)  # what is derived from it is found again by this
+    digest = _digest(table)
+    # What is derived from it is found again by this; other versions may make other tokens.
+    versions = " ".join(map(version, ("tamis", "trl", "transformers", "tokenizers")))
+    fingerprint = hashlib.blake2b(f"{digest} {versions}".encode(), digest_size=8).hexdigest()
     if table.nbytes <= LARGEST_IN_MEMORY:
         return Dataset(table, fingerprint=fingerprint)
-    path = _cache() / fingerprint / "rows.arrow"
+    path = _cache() / digest / "rows.arrow"
     if not path.is_file():
         write_atomically(path, lambda path: _write(table, path))
     return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=fingerprint)
@@ -97,7 +102,14 @@ def _write(table: pa.Table, path: Path) -> None:
 def _digest(table: pa.Table) -> str:
     """Hash all bytes of a table. `datasets` would pickle it for that, in four times its memory."""
     digest = hashlib.blake2b(str(table.schema).encode(), digest_size=8)
-    for column in table.columns:
-        for buffer in chain.from_iterable(chunk.buffers() for chunk in column.chunks):
-            digest.update(buffer or b"")
+    for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+        digest.update(batch.serialize())  # of a slice its own rows alone
     return digest.hexdigest()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes have left that were killed while they wrote; others may be writing now."""
+    for path in folder.glob("**/.rows.*.tmp"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - _A_DAY:
+                path.unlink()

@@ -44,8 +44,7 @@ def joined_forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
         others |= _boundaries(lengths, starts, is_token_BT.device)
     outputs = model(**others, use_cache=False, fused_lm_head=True)
     for name in _OF_TOKENS:
-        if (tokens_KW := outputs[name]) is not None:
-            outputs[name] = tokens_KW.flatten()[place_BT].masked_fill(~is_token_BT, 0)
+        outputs[name] = outputs[name].flatten()[place_BT].masked_fill(~is_token_BT, 0)
     return outputs
 
 

@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from tamis.losses import Collate
-from tamis.mapped import one_table
 from tamis.randomness import EndlessPermutations, permutation
 
 _AT_ONCE = 1000
@@ -136,11 +135,11 @@ def as_rows(pairs: Sequence[tuple[list[int], Sequence[int]]]) -> Dataset:
     """The prepared rows of prompts and responses. Lists of numbers are made of a batch of them at a time."""
     kind = pa.list_(pa.int32())
     schema = pa.schema({"input_ids": kind, "labels": kind})
-    batches = (
+    tables = [
         pa.Table.from_pylist([as_row(*pair) for pair in pairs[start : start + _AT_ONCE]], schema)
         for start in range(0, len(pairs), _AT_ONCE)
-    )
-    return Dataset(one_table(batches, "responses"), fingerprint="responses")
+    ]
+    return Dataset(pa.concat_tables(tables), fingerprint="responses")
 
 
 def drawn_rows(visits_N: Tensor, seed: int, epoch: int) -> Tensor:

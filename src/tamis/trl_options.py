@@ -150,7 +150,7 @@ def refuse_arguments(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
         if arguments.get(name) is not None:
             raise ValueError(sentence)
     if args.padding_free and arguments.get("data_collator") is not None:
-        raise ValueError("padding_free needs the batches of TRL's collator: leave `data_collator` out")
+        raise ValueError("padding_free needs the batches of TRL's collator: leave data_collator out")
 
 
 def is_sharded(args: SFTConfig) -> bool:

@@ -35,12 +35,14 @@ def counted(trainer: BilevelTrainer) -> Iterator[Cost]:
     """Count what passes through the model of a trainer, padding left out.
 
     A forward that records gradients is taken to be followed by a backward. Passes that activation checkpointing repeats
-    do not count.
+    do not count. With `padding_free` the tokens that fill a line do.
     """
     cost = Cost(0, sum(len(ids) for ids in trainer.train_dataset["input_ids"]))
 
     def count(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> None:
-        cost.num_tokens += int(inputs["attention_mask"].sum()) * (3 if torch.is_grad_enabled() else 1)
+        mask = inputs.get("attention_mask")
+        num_tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        cost.num_tokens += num_tokens * (3 if torch.is_grad_enabled() else 1)
 
     hook = backbone(trainer.model).register_forward_hook(count, with_kwargs=True)
     try:

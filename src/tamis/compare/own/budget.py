@@ -20,6 +20,8 @@ from tamis.trainer import BilevelTrainer
 
 Lengths = NDArray[np.float64]
 
+_SIZE, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -108,14 +110,15 @@ def with_trusted_rows(args: BilevelConfig, num_training: int, num_validation: in
     if args.rho is None:  # as many trusted rows as go with the training rows of a step
 
         def surplus(candidate: int) -> int:
-            num_rows = candidate * args.micro_batches_per_step
+            num_rows = candidate * rows_per_step(args) // (accumulation if size == 1 else size)
             return abs(num_rows + validation_rows_beside(num_rows, num_training, num_validation) - rows_per_step(args))
 
-        return {"per_device_train_batch_size": min(range(1, size + 1), key=surplus)}
+        name, largest = _SIZE if size > 1 else _ACCUMULATION, size if size > 1 else accumulation
+        return {name: min(range(1, largest + 1), key=surplus)}
     if size == 1:
-        return {"gradient_accumulation_steps": accumulation // 2} if accumulation % 2 == 0 else {}
+        return {_ACCUMULATION: accumulation // 2} if accumulation % 2 == 0 else {}
     num_trusted = min(max(round(size * args.rho), 1), size - 1)
-    return {"per_device_train_batch_size": size - num_trusted, "per_device_validation_batch_size": num_trusted}
+    return {_SIZE: size - num_trusted, "per_device_validation_batch_size": num_trusted}
 
 
 def rows_per_step(args: BilevelConfig) -> int:
