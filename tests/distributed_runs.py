@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from conftest import ONE_TRIAL, PLAIN, lora, pairs, two_kinds
 from datasets import Dataset, disable_progress_bars
@@ -36,7 +37,7 @@ RUNS = {
     "refining": FOLLOWING | REFINING,
     "scouted, refining": SAVED,
     "lora": ONE_TRIAL | REFINING | LORA,
-    "resumed": SAVED | {"resumes": "scouted, refining"},  # of the two ranks, on either
+    "resumed": SAVED | {"resumes": "one/scouted, refining"},
 }
 # On two ranks only, and last: the process stays with FSDP. Torch cannot load the state of SGD, which has none.
 _ADAMW = SAVED | {"optim": "adamw_torch", "learning_rate": 1e-3}
@@ -44,7 +45,14 @@ SHARDED = {
     "fsdp2": ONE_TRIAL | REFINING,
     "fsdp2, lora": RUNS["lora"],
     "fsdp2, adamw": _ADAMW,
-    "fsdp2, resumed": _ADAMW | {"resumes": "fsdp2, adamw"},
+    "fsdp2, resumed": _ADAMW | {"resumes": "two/fsdp2, adamw"},
+    "fsdp2, fp16": ONE_TRIAL | {"fp16": True},
+}
+# On two ranks, where the second cannot generate. The last one leaves the first alone in a forward: no run can follow.
+_FAILING = {"selector": "none", "refine_policy": "random", **REFINING}
+FAILING = {
+    "generator": _FAILING | {"fails": "generator"},
+    "fsdp2, forward": _FAILING | {"fails": "forward"},
 }
 FSDP = {
     "fsdp": True,
@@ -64,8 +72,22 @@ def fsdp_on_cpus(init):
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self.mixed_precision == "fp16":
+                fsdp_plugin.set_mixed_precision("fp16")
 
     return init_with_fsdp
+
+
+def fp16_on_cpus(init):
+    """accelerate scales the loss on accelerators only. The first scale overflows, and its step is skipped."""
+
+    def init_with_scaler(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.mixed_precision == "fp16":
+            self.native_amp = True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+
+    return init_with_scaler
 
 
 def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) -> dict:
@@ -74,8 +96,8 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
     backend = {"ddp_backend": "gloo"} if num_ranks > 1 else {}
     settings = COMMON | {"per_device_train_batch_size": global_batch_size // num_ranks} | settings
     peft_config = lora() if settings.pop("peft_config", False) else None
-    resumes = settings.pop("resumes", None)
-    checkpoint = resumes and str(folder.parent.parent / "two" / resumes / "checkpoint-5")
+    resumes, fails = settings.pop("resumes", None), settings.pop("fails", None)
+    checkpoint = resumes and str(folder.parent.parent / resumes / "checkpoint-5")
     AcceleratorState._reset_state()
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # of an earlier run
     torch.manual_seed(0)
@@ -92,8 +114,18 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
         eval_dataset=Dataset.from_list(pairs(5, 100)),
         peft_config=peft_config,
     )
+    weighting, num_refined = trainer.weighting, []
+    before_step = weighting.before_step
+
+    def noted(step: int, batches: list) -> list:
+        found = before_step(step, batches)
+        num_refined.append(sum(len(batch.substitutes) for batch in found))
+        return found
+
+    weighting.before_step = noted
+    if fails:
+        return failure_of(trainer, fails)
     trainer.train(checkpoint)
-    weighting = trainer.weighting
     return {
         "num_ranks": trainer.args.world_size,
         "history": [{n: line[n] for n in METRICS if n in line} for line in trainer.state.log_history],
@@ -106,20 +138,38 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
         "trials": weighting.outcome and [
             [t.evidence, t.criterion, t.error, *t.rank_V] for t in weighting.outcome.trials
         ],
+        "num_refined": num_refined,
         "responses": weighting.refiner and {
             i: [list(r.token_ids) for r in row.responses] for i, row in weighting.refiner.buffer.rows.items()
         },
     }  # fmt: skip
 
 
+def failure_of(trainer: BilevelTrainer, fails: str) -> dict:
+    """How a run ends whose second rank fails: outright, or in the middle of a forward."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of order")
+
+    if trainer.args.process_index == 1 and fails == "generator":
+        trainer.weighting.refiner.generator.generate = fail
+    elif trainer.args.process_index == 1:
+        layer = trainer.model.model.layers[1]
+        layer.register_forward_pre_hook(lambda *args: None if torch.is_grad_enabled() else fail())
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return {"failure": f"{type(error).__name__}: {error}", "step": trainer.state.global_step}
+    return {"failure": None}
+
+
 if __name__ == "__main__":
     model_dir, folder = sys.argv[1], Path(sys.argv[2])
     disable_progress_bars()
     AcceleratorState.__init__ = fsdp_on_cpus(AcceleratorState.__init__)
-    runs = (
-        RUNS if "WORLD_SIZE" not in os.environ else RUNS | {name: settings | FSDP for name, settings in SHARDED.items()}
-    )
+    Accelerator.__init__ = fp16_on_cpus(Accelerator.__init__)
+    runs = RUNS if "WORLD_SIZE" not in os.environ else RUNS | SHARDED | FAILING
     for name, settings in runs.items():
-        found = run(model_dir, folder / name, 4, dict(settings))
+        found = run(model_dir, folder / name, 4, settings | (FSDP if name.startswith("fsdp2") else {}))
         rank = os.environ.get("RANK", "0")
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))

@@ -52,6 +52,13 @@ def test_a_file_in_a_folder_is_named_where_it_is_known(tmp_path):
     assert caught.value.filename == str(tmp_path / "config.json")
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    missing = tmp_path / "run" / "inner"
+    with pytest.raises(WriteError) as caught, writing(missing / "file"):
+        raise OSError(errno.EIO, "Input/output error", str(missing.parent))
+    assert caught.value.filename == str(missing.parent)
+
+
 def _fail(path):
     raise OSError(FULL, "No space left on device", str(path))
 

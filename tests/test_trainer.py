@@ -1,12 +1,15 @@
 """A step against TRL's own trainer and against gradients row by row; accumulation, evaluation, failures."""
 
 import contextlib
+import itertools
 import logging
+import math
 from itertools import chain
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import (
     PLAIN,
     GradientRecorder,
@@ -22,6 +25,7 @@ from conftest import (
     weighted_step,
 )
 from datasets import Dataset, DatasetDict
+from distributed_runs import fp16_on_cpus
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -381,6 +385,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monk
     again = bilevel(pairs(8), pairs(4, 95), max_steps=4, save_strategy="steps", save_steps=1, selector="mirror")
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
+
+
+class Kept(TrainerCallback):
+    """The parameters after every optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps.append(parameters(model))
+
+
+def test_a_step_that_fp16_skips_does_not_end_the_run(bilevel, monkeypatch):
+    """Its gradients overflow, by design of the scaler; the losses of rows do not."""
+    monkeypatch.setattr(Accelerator, "__init__", fp16_on_cpus(Accelerator.__init__))
+    trainer = bilevel(pairs(8), pairs(4, 95), max_steps=4, logging_steps=1, optim="sgd", learning_rate=0.1, fp16=True)
+    before, kept = parameters(trainer.model), Kept()
+    trainer.add_callback(kept)
+    trainer.train()
+    assert_close(kept.steps[0], before, atol=0)
+    norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert [math.isfinite(norm) for norm in norms] == [False, True, True, True]
+    for last, step in itertools.pairwise(kept.steps):
+        assert any((step[name] != last[name]).any() for name in last)
 
 
 def test_a_model_with_nan_names_its_rows(bilevel):

@@ -14,6 +14,7 @@ from tamis.checkpoint import ResumableError
 from tamis.files import WriteError, disk_error
 from tamis.losses import NonFiniteLossError
 from tamis.output_dir import was_cut_short
+from tamis.ranks import BrokenForwardError
 from tamis.settings import as_flags
 
 _INSTALL = re.compile(r"pip3? install ['\"]?([\w.\[\],<>=-]*[\w\]])")
@@ -34,7 +35,7 @@ def explain(error: Exception, command: str = "") -> tuple[int, str] | None:
         command: of tamis, that ends with it.
     """
     text = " ".join(str(error).split())
-    if isinstance(error, NonFiniteLossError | ResumableError):
+    if isinstance(error, NonFiniteLossError | ResumableError | BrokenForwardError):
         return 1, as_flags(text)
     if written := next((cause for cause in _chain(error) if _is_of_writing(cause)), None):
         return 1, _of_writing(written, command)

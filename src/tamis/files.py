@@ -39,11 +39,12 @@ def writing(path: Path, target: Path | None = None) -> Iterator[None]:
     except WriteError:
         raise
     except Exception as error:
-        number, name = disk_error(error), getattr(error, "filename", None)
-        named = Path(name).resolve() if isinstance(name, str) else path.resolve()
-        if number is None or not named.is_relative_to(path.resolve().parent):
+        number, name, known = disk_error(error), getattr(error, "filename", None), path.resolve()
+        named = Path(name).resolve() if isinstance(name, str) else known
+        if number is None or not (named.is_relative_to(known.parent) or known.is_relative_to(named)):
             raise
-        file = named if path.is_dir() and named.is_relative_to(path.resolve()) else path
+        is_within = path.is_dir() and named.is_relative_to(known)
+        file = named if is_within or named in known.parent.parents else path  # or a folder above it, to be made
         reason = os.strerror(number) if number else "the disk is full, or does not work"
         raise WriteError(number, reason, str(target or file)) from error
 

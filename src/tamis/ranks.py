@@ -3,11 +3,27 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Item = TypeVar("Item")
+
+
+class BrokenForwardError(RuntimeError):
+    """A forward of all ranks has broken off on this one, so that the others cannot end theirs: the run is over.
+
+    They are told by the end of this process, as soon as their backend or the launcher notices it.
+    """
+
+    def __init__(self, error: Exception):
+        super().__init__(
+            f"rank {PartialState().process_index}: a forward of all ranks broke off ({type(error).__name__}: {error}). "
+            "Go on from the last checkpoint with `resume_from_checkpoint='last'`; if memory has run out, lower "
+            "`generation_batch_size`"
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -22,6 +38,18 @@ def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
     """
     num_each = -(-len(items) // num_ranks)
     return [items[min(k * num_ranks + rank, len(items) - 1)] for k in range(num_each)]
+
+
+def agreed(failure: str) -> str:
+    """The failure of this rank, or else that of another one, which is named; empty if there is none on any.
+
+    Called on all ranks, so that none waits for one that has failed.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return failure
+    failures = gather_object([failure])
+    return failure or next((f"rank {rank}: {other}" for rank, other in enumerate(failures) if other), "")
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -107,9 +107,10 @@ class Recorder:
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. NaN and infinity are written as null: the lines are strict JSON."""
         path = self.output_dir / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_as_json(record)) + "\n")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(_as_json(record)) + "\n")
 
     def rewind(self, step: int, num_records: int) -> None:
         """Drop what was logged after a checkpoint, and responses from its step on: those steps run again.

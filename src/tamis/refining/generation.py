@@ -34,7 +34,7 @@ from tamis._compat import LoraLayer, is_vllm_available, vllm_generation
 from tamis.checkpoint import ResumableError
 from tamis.losses import evaluation_mode
 from tamis.progress import Bar
-from tamis.ranks import is_sharded
+from tamis.ranks import BrokenForwardError, agreed, is_sharded
 from tamis.refining.responses import as_int32
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,31 @@ Seeds = Sequence[Sequence[int]]  # one for each prompt: non-negative integers, w
 
 class GenerationError(ResumableError):
     """The generator failed, or did not answer every prompt, or answered with other weights than the model has."""
+
+
+@contextmanager
+def failing_together(model: nn.Module) -> Iterator[None]:
+    """What fails on one rank fails on all: the others would wait for its responses. The settings say what follows.
+
+    Args:
+        model: the training model. Where it is sharded, all ranks generate in the same forwards.
+
+    Raises:
+        GenerationError: of whatever kind the failure is.
+        BrokenForwardError: of a sharded model.
+    """
+    failure = ""
+    try:
+        yield
+    except GenerationError as error:
+        failure = str(error)
+    except Exception as error:
+        if is_sharded(model):
+            raise BrokenForwardError(error) from error
+        logger.debug("traceback", exc_info=True)
+        failure = f"the generator failed: {type(error).__name__}: {error}"
+    if failure := agreed(failure):
+        raise GenerationError(failure)
 
 
 @dataclass(frozen=True)

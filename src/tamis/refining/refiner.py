@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tamis.config import BilevelConfig, Resolved
 from tamis.losses import row_losses
 from tamis.ranks import share
-from tamis.refining.generation import Completion, GenerationError, Generator, verify
+from tamis.refining.generation import Completion, Generator, failing_together, verify
 from tamis.refining.responses import RefinedRow, Response, ResponseBuffer
 from tamis.selection.row_weights import RowWeights, ScoutWeights
 from tamis.selection.scout import Scout
@@ -204,22 +204,15 @@ class Refiner:
         mine = share(picked, self.rank, self.num_ranks)
         prompts = self.prompts(mine)
         seeds = [(self.settings.seed, step, i) for i in mine]  # the same on any number of ranks
-        failure, completions, drift, num_generations = "", [], 0.0, self.settings.num_generations
-        try:
+        num_generations = self.settings.num_generations
+        with failing_together(self.model):
             completions = self.generator.generate(prompts, num_generations, seeds)
+        with failing_together(self.model):
             drift = verify(self.generator, self.model, prompts, completions, num_generations, self.autocast)
-        except GenerationError as error:
-            failure = str(error)
-        except Exception as error:  # of whatever kind: the run shall end after saving, or go on without it
-            logger.debug("traceback", exc_info=True)
-            failure = f"the generator failed: {type(error).__name__}: {error}"
-        if self.num_ranks > 1:  # a failure on one rank is all ranks': the others would wait for its responses for ever
-            failures, drifts = zip(*gather_object([(failure, drift)]), strict=True)
-            failure, drift = next(filter(None, failures), ""), max(drifts)
-        if failure:
-            raise GenerationError(failure)
         found = list(zip(mine, completions, strict=True))
-        return dict(gather_object(found) if self.num_ranks > 1 else found), drift
+        if self.num_ranks > 1:
+            found, drift = gather_object(found), max(gather_object([drift]))
+        return dict(found), drift
 
     def _status(self, example_id: int, completion: Completion) -> str:
         num_tokens = len(completion.token_ids)
