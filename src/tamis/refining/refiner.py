@@ -108,8 +108,7 @@ class Refiner:
         self.rank, self.num_ranks = rank, num_ranks
         self.last_refresh = -1
         self.history: dict[str, float] = {}
-        parts = {example_id: prompt_and_response(row) for example_id, row in rows}
-        self._prompt_length = {example_id: len(both[0]) for example_id, both in parts.items() if both}
+        self._prompt_length = {i: len(both[0]) for i, row in rows if (both := prompt_and_response(row))}
         self.candidates = sorted(self._prompt_length)
         if not self.candidates:
             raise ValueError(
