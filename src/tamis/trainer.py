@@ -404,9 +404,10 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer, JoinedRows):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """See [`~trl.SFTTrainer`]; the card says how this model is asked, and a `README.md` of the user stays."""
         if self.recorder:
-            with users_card_kept(self._output_dir), writing(Path(self._output_dir)):
+            card = Path(self._output_dir) / "README.md"
+            with users_card_kept(self._output_dir), writing(card):
                 super().create_model_card(*args, **kwargs)
-                describe(self, Path(self._output_dir) / "README.md")
+                describe(self, card)
 
     def _write_weights(self) -> None:
         if self.recorder:
