@@ -5,11 +5,13 @@ import itertools
 import logging
 import math
 from itertools import chain
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from conftest import (
     PLAIN,
     GradientRecorder,
@@ -385,6 +387,32 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(bilevel, tmp_path, monk
     again = bilevel(pairs(8), pairs(4, 95), max_steps=4, save_strategy="steps", save_steps=1, selector="mirror")
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
+
+
+def test_a_deepspeed_engine_is_given_the_losses_of_plain_training(bilevel, monkeypatch):
+    """DeepSpeed itself has not been run: a stand-in for its engine, which is told not to divide by the accumulation."""
+    rows = [row | {"weight": 1.0 + i} for i, row in enumerate(pairs(8))]
+    settings = {"selector": "column", "rho": 0.3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    plain, trainer = (bilevel(rows, pairs(4, 95), max_steps=3, **settings) for _ in range(2))
+    plain.train()
+    told, training_step = [], trainer.training_step
+
+    def backward(loss, **settings):
+        told.append(settings)
+        loss.backward()
+
+    engine = SimpleNamespace(backward=backward)
+
+    def by_engine(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
+            patch.setattr(trainer.accelerator, "deepspeed_engine_wrapped", engine, raising=False)
+            return training_step(*args, **kwargs)
+
+    trainer.training_step = by_engine
+    trainer.train()
+    assert told == [{"sync_gradients": is_last, "scale_wrt_gas": False} for is_last in (False, True)] * 3
+    assert_close(parameters(trainer.model), parameters(plain.model), atol=0)
 
 
 class Kept(TrainerCallback):

@@ -168,8 +168,9 @@ def refuse_engine(args: SFTConfig) -> None:
     if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "DeepSpeed keeps gradients and optimizer to itself, and a scout descends by an optimizer of its own: shard "
-            "the model by FSDP2 (recipes/accelerate/fsdp2.yaml), or choose `selector='mirror'` with `reference='zero'` "
-            "and `refine_fraction=0`"
+            "the model by FSDP2 (recipes/accelerate/fsdp2.yaml), or weigh the rows first, by `tamis score` and "
+            "`tamis select --add_columns`, and choose `selector='column'`, `weight_column='tamis_weight'` and "
+            "`refine_fraction=0`"
         )
     if not is_sharded(args):
         return
