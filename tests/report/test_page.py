@@ -240,5 +240,9 @@ def test_the_nearest_texts_are_those_that_share_words():
 
 
 def test_rare_labels_are_shown_together():
+    without = grouped(pa.chunked_array([pa.array(["a", None, None]).dictionary_encode()]))
+    assert [(name, mask.tolist()) for name, mask in without] == [
+        ("None", [False, True, True]), ("a", [True, False, False]),
+    ]  # fmt: skip
     groups = grouped(pa.chunked_array([[*"aaabbc"], [*"defg"]]), most=3)
     assert [(name, mask.sum()) for name, mask in groups] == [("a", 3), ("b", 2), ("all others", 5)]

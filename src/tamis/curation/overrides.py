@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from tamis.curation.choice import Mask
+from tamis.curation.weighed import weight_batches
 from tamis.readers import lines_of
-from tamis.rows import BATCH_SIZE, place_in_file
+from tamis.rows import place_in_file
 
 _KINDS = {"source": str, "row": int, "content_hash": str, "keep": bool}
 
@@ -78,12 +78,11 @@ def _places(path: Path, keys: dict[tuple[str, int], Any]) -> dict[tuple[str, int
     """Place and content hash of the rows that have these sources and row numbers."""
     found, first = dict[tuple[str, int], tuple[int, str]](), 0
     rows = pa.array(sorted({row for _, row in keys}), pa.int64())
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(BATCH_SIZE, columns=["source", "row", "content_hash"]):
-            near = np.flatnonzero(pc.is_in(batch["row"], rows).to_numpy(zero_copy_only=False))
-            for place, row in zip(near.tolist(), batch.take(pa.array(near)).to_pylist(), strict=True):
-                key = (row["source"], row["row"])
-                if key in keys:
-                    found[key] = (first + place, row["content_hash"])
-            first += len(batch)
+    for batch in weight_batches(path, ["source", "row", "content_hash"]):
+        near = np.flatnonzero(pc.is_in(batch["row"], rows).to_numpy(zero_copy_only=False))
+        for place, row in zip(near.tolist(), batch.take(pa.array(near)).to_pylist(), strict=True):
+            key = (row["source"], row["row"])
+            if key in keys:
+                found[key] = (first + place, row["content_hash"])
+        first += len(batch)
     return found

@@ -81,17 +81,27 @@ def read_weights(path: Path) -> pa.Table:
         names = pq.read_schema(path).names
         if missing := [name for name in (*_NUMBERS, "content_hash") if name not in names]:
             raise ValueError(f'{path}: no column "{missing[0]}": it was not written by this version of tamis')
-        with pq.ParquetFile(path, read_dictionary=["source"], pre_buffer=False) as file:
-            # One thread and small batches: twice the memory would be taken on the way, and kept.
-            batches = file.iter_batches(_AT_ONCE, columns=list(_NUMBERS), use_threads=False)
-            tables = [_narrow(pa.Table.from_batches([batch])) for batch in batches]
-            empty = _narrow(file.schema_arrow.empty_table().select(_NUMBERS))
+        batches = weight_batches(path, list(_NUMBERS), _AT_ONCE, read_dictionary=["source"])
+        tables = [_narrow(pa.Table.from_batches([batch])) for batch in batches]
+        empty = _narrow(pq.read_schema(path).empty_table().select(_NUMBERS))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({error}). Check that it is whole") from error
     # permissive: a place beyond 31 bits makes that column of all rows a wider one
     table = pa.concat_tables(tables or [empty], promote_options="permissive").unify_dictionaries()
     pa.default_memory_pool().release_unused()
     return table
+
+
+def weight_batches(path: Path, columns: list[str], size: int = BATCH_SIZE, **options: Any) -> Iterator[pa.RecordBatch]:
+    """Some columns of `weights.parquet`, in batches of ``size`` rows.
+
+    One thread, and nothing read ahead: that would take twice the memory on the way, and keep it.
+
+    Args:
+        options: of [`~pyarrow.parquet.ParquetFile`].
+    """
+    with pq.ParquetFile(path, pre_buffer=False, **options) as file:
+        yield from file.iter_batches(size, columns=columns, use_threads=False)
 
 
 def _narrow(table: pa.Table) -> pa.Table:
@@ -167,9 +177,8 @@ def _with_hashes(part: Part, reader: RowReader) -> Iterator[tuple[pa.Table, list
 
 def known_rows(path: Path) -> Iterator[tuple[int, str]]:
     """Of every row that was weighed, in order: where it stood in its file, and the hash of what it said."""
-    with pq.ParquetFile(path, pre_buffer=False) as file:
-        for batch in file.iter_batches(BATCH_SIZE, columns=["row", "content_hash"], use_threads=False):
-            yield from zip(batch["row"].to_pylist(), batch["content_hash"].to_pylist(), strict=True)
+    for batch in weight_batches(path, ["row", "content_hash"]):
+        yield from zip(batch["row"].to_pylist(), batch["content_hash"].to_pylist(), strict=True)
 
 
 def _compare(table: pa.Table, hashes: list[str], known: Iterator[tuple[int, str]]) -> int:

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
-from tamis.curation.weighed import known_rows, rows_again
+from tamis.curation.weighed import known_rows, rows_again, weight_batches
 from tamis.data import load_rows
 from tamis.readers import read_file
 from tamis.report.run_folder import RunFolder, Values
-from tamis.rows import BATCH_SIZE, batches, column_values, has_column, last_answer
+from tamis.rows import batches, column_values, has_column, last_answer
 from tamis.sources import Part
 
 MAX_SHOWN = 50_000
@@ -45,9 +44,8 @@ def shown_rows(run: RunFolder, max_shown: int = MAX_SHOWN) -> Values:
         return np.arange(num_rows)
     num_extreme = min(_NUM_EXTREME, max_shown // 6)
     value_N = run.column("score" if run.is_believed else "weight").copy()
-    is_unknown_N = np.isnan(value_N)
+    value_N[np.isnan(value_N)] = -np.inf
     is_chosen_N = np.zeros(num_rows, dtype=bool)
-    value_N[is_unknown_N] = -np.inf
     is_chosen_N[_lowest(value_N, num_extreme)] = True
     is_chosen_N[_lowest(-value_N, num_extreme)] = True
     is_chosen_N[_lowest(np.abs(value_N), 2 * num_extreme)] = True  # unknown ones are the farthest from the border
@@ -144,11 +142,10 @@ def _as_text(content: Any, with_roles: bool = True) -> str:
 def hashes_of(run: RunFolder, shown: Values) -> list[str]:
     """The content hashes of rows, which are in ascending order."""
     found, first = list[str](), 0
-    with pq.ParquetFile(run.path / "weights.parquet", pre_buffer=False) as file:
-        for batch in file.iter_batches(BATCH_SIZE, columns=["content_hash"], use_threads=False):
-            places = shown[(shown >= first) & (shown < first + len(batch))] - first
-            found += batch["content_hash"].take(pa.array(places)).to_pylist()
-            first += len(batch)
+    for batch in weight_batches(run.path / "weights.parquet", ["content_hash"]):
+        places = shown[(shown >= first) & (shown < first + len(batch))] - first
+        found += batch["content_hash"].take(pa.array(places)).to_pylist()
+        first += len(batch)
     return found
 
 
@@ -168,7 +165,8 @@ def grouped(values_N: pa.ChunkedArray, most: int = _MAX_LABELS) -> list[tuple[st
     """Each text with whether rows have it, the most frequent first, then by name; the rare ones together."""
     encoded = values_N.combine_chunks()
     encoded = encoded if pa.types.is_dictionary(encoded.type) else encoded.dictionary_encode()
-    names, code_N = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    names = [*map(str, encoded.dictionary.to_pylist()), str(None)]  # the last is that of rows that have none
+    code_N = encoded.indices.fill_null(len(names) - 1).to_numpy()
     count_of = dict(enumerate(np.bincount(code_N, minlength=len(names)).tolist()))
     codes = sorted((code for code in count_of if count_of[code]), key=lambda code: (-count_of[code], names[code]))
     frequent = codes[: most if len(codes) <= most else most - 1]
