@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from conftest import assert_close, pairs, parameters
 
+from tamis import mapped as mapped_module
 from tamis.data import load_rows
 from tamis.files import WriteError
 from tamis.mapped import as_dataset, one_table
@@ -95,6 +96,19 @@ def test_a_run_on_mapped_rows_learns_the_same(tmp_path, cache, bilevel, monkeypa
     _, *in_memory = run()
     assert_close(mapped[0], in_memory[0], atol=0.0)
     assert np.array_equal(mapped[1], in_memory[1])
+
+
+def test_files_that_are_small_one_by_one_are_moved_out_together_and_once(tmp_path, cache, monkeypatch):
+    """Many of them would fill the memory as one large one does."""
+    moved, move_out = [], mapped_module._moved_out
+    monkeypatch.setattr(mapped_module, "_moved_out", lambda table: moved.append(len(table)) or move_out(table))
+    monkeypatch.setattr(mapped_module, "LARGEST_IN_MEMORY", 400)
+    paths = [write(tmp_path / f"{name}.jsonl", rows_of(2, name)) for name in "abcdef"]
+    tables = [len(load_rows(path, role="train_dataset")) for path in paths]
+    assert tables == [2] * 6 and moved == [], "each alone stays in memory"
+    found = load_sources([str(path) for path in paths], role="train_dataset")
+    assert found["source"][:] == [path.name for path in paths for _ in range(2)] and found.cache_files
+    assert 0 < sum(moved) <= len(found)
 
 
 def test_rows_that_do_not_fit_leave_nothing_behind(cache):

@@ -5,7 +5,7 @@ Every error is one line that names the file, the row and the column, and says wh
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -66,11 +66,11 @@ def load_rows(
             `tamis.rows`.
     """
     columns = {"prompt_column": prompt_column, "response_column": response_column, "weight_column": weight_column}
-    tables = [
-        read_rows(origin, name, role=role, skipped=skipped, **columns)
+    files = (
+        RowReader(origin, name, role=role, skipped=skipped, **columns)
         for name, origin in origins_of(str(source), role, split)
-    ]
-    return joined(tables, str(source))
+    )
+    return joined(files, str(source))
 
 
 def read_rows(origin: Path | Dataset, name: str, **options: Any) -> pa.Table:
@@ -85,18 +85,35 @@ def read_rows(origin: Path | Dataset, name: str, **options: Any) -> pa.Table:
     return RowReader(origin, name, **options).table()
 
 
-def joined(parts: list[pa.Table], name: str) -> Dataset:
+def joined(files: Iterable[Iterable[pa.Table]], name: str) -> Dataset:
     """One data set of the rows of several files.
 
+    Args:
+        files: each in batches, see `RowReader`.
+
     Raises:
-        ValueError: their layouts differ.
+        ValueError: see `load_rows`; or the layouts of the files differ.
     """
-    for part in parts:
-        if _layout(part) != _layout(parts[0]):
-            raise ValueError(
-                f"{part['source'][0]}: not the layout of {parts[0]['source'][0]}. Give all files the same."
-            )
-    return as_dataset(one_table(parts, name))
+    return as_dataset(_filled(one_table(_alike(files), name)))
+
+
+def _alike(files: Iterable[Iterable[pa.Table]]) -> Iterator[pa.Table]:
+    """The batches of all files; that their layouts are the same is known, and checked, at the end."""
+    layouts = list[tuple[str, set[str]]]()
+    for batches_of_file in files:
+        title, columns = "", set[str]()
+        for table in batches_of_file:
+            title, columns = table["source"][0].as_py(), columns | set(_filled(table).column_names)
+            yield table
+        layouts.append((title, columns - {"prompt_input", *EXTRAS}))
+    for title, layout in layouts:
+        if layout != layouts[0][1]:
+            raise ValueError(f"{title}: not the layout of {layouts[0][0]}. Give all files the same.")
+
+
+def _filled(table: pa.Table) -> pa.Table:
+    """Without the columns that are empty in all rows."""
+    return table.select([column for column in table.column_names if not pa.types.is_null(table[column].type)])
 
 
 def rows_of(dataset: Dataset, role: str) -> Dataset:
@@ -210,8 +227,7 @@ class RowReader:
 
     def table(self) -> pa.Table:
         """All rows."""
-        table = one_table(self, self.name)
-        return table.select([column for column in table.column_names if not pa.types.is_null(table[column].type)])
+        return _filled(one_table(self, self.name))
 
     def __iter__(self) -> Iterator[pa.Table]:
         rows = read_file(self.origin, self.name) if isinstance(self.origin, Path) else batches(self.origin)
@@ -259,7 +275,3 @@ class RowReader:
         left = [name for name in self._found if not any(name in (one, one.partition(".")[0]) for one in read)]
         unread = f"; not read: {', '.join(left)}" if left else ""
         logger.info("%s: %d rows, from the columns %s%s", self.name, num_read, ", ".join(read), unread)
-
-
-def _layout(table: pa.Table) -> set[str]:
-    return set(table.column_names) - {"prompt_input", *EXTRAS}

@@ -16,7 +16,7 @@ _AT_ONCE = 10_000
 
 
 def content_hashes(rows: Iterable[Mapping[str, Any]]) -> Hashes:
-    """The hash of each row: BLAKE2b over its columns as JSON, with sorted names and without what is null."""
+    """The hash of each row (N, uint64): BLAKE2b over its columns as JSON, with sorted names and without null values."""
     return np.fromiter((int.from_bytes(_digest(_as_json(dict(row)))) for row in rows), np.uint64)
 
 
@@ -33,12 +33,14 @@ def fingerprint(hashes: Hashes) -> str:
     return digest.hexdigest()
 
 
-def derived_fingerprint(dataset: Dataset, key: str) -> str:
-    """Of a data set that is made from another one in the way that ``key`` names: `datasets` need not hash it.
+def versioned_fingerprint(key: str) -> str:
+    """By which `datasets` finds again what it has derived from rows; other versions may derive other tokens."""
+    return _digest(" ".join([key, *map(version, ("tamis", "trl", "transformers", "tokenizers"))])).hex()
 
-    Another version of tamis may make another one.
-    """
-    return _digest(f"{dataset._fingerprint} {key} {version('tamis')}").hex()
+
+def derived_fingerprint(dataset: Dataset, key: str) -> str:
+    """Of a data set that is made from another one in the way that ``key`` names: `datasets` need not hash it."""
+    return versioned_fingerprint(f"{dataset._fingerprint} {key}")
 
 
 def num_distinct(hashes: Hashes) -> int:
@@ -53,7 +55,7 @@ def num_repeats(hashes: Hashes) -> int:
 
 
 def is_in(hashes: Hashes, others: Hashes) -> NDArray[np.bool_]:
-    """Whether each hash is among the others, of which there is at least one."""
+    """Whether each hash (N, bool) is among the others, of which there is at least one."""
     ordered, found = np.sort(others), np.empty(len(hashes), dtype=bool)
     for start in range(0, len(hashes), _AT_ONCE):
         part = hashes[start : start + _AT_ONCE]

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 
 import datasets.config
@@ -18,6 +17,7 @@ from datasets import Dataset
 from datasets.table import MemoryMappedTable
 
 from tamis.files import write_atomically, writing
+from tamis.hashes import versioned_fingerprint
 from tamis.readers import one_line
 
 # Bytes. Below it a file would only slow things down; ten such tables are still no burden.
@@ -62,7 +62,6 @@ def _moved_out(table: pa.Table) -> pa.Table:
     folder = _cache()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".rows.", suffix=".tmp", delete=False) as file:
             path = Path(file.name)
         try:
@@ -79,13 +78,12 @@ def as_dataset(table: pa.Table) -> Dataset:
         WriteError: the file cannot be written.
     """
     digest = _digest(table)
-    # What is derived from it is found again by this; other versions may make other tokens.
-    versions = " ".join(map(version, ("tamis", "trl", "transformers", "tokenizers")))
-    fingerprint = hashlib.blake2b(f"{digest} {versions}".encode(), digest_size=8).hexdigest()
+    fingerprint = versioned_fingerprint(digest)
     if table.nbytes <= LARGEST_IN_MEMORY:
         return Dataset(table, fingerprint=fingerprint)
     path = _cache() / digest / "rows.arrow"
     if not path.is_file():
+        _remove_leftovers(_cache())
         write_atomically(path, lambda path: _write(table, path))
     return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=fingerprint)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from tamis.data import joined, origins_of, read_rows
+from tamis.data import RowReader, joined, origins_of
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def load_sources(
         options: see `tamis.data.load_rows`.
     """
     parts = parts_of(sources, role=role, source_weights=source_weights, split=split)
-    tables = [part.of_source(read_rows(part.origin, part.name, role=role, **options)) for part in parts]
-    return joined(tables, role)
+    files = (map(part.of_source, RowReader(part.origin, part.name, role=role, **options)) for part in parts)
+    return joined(files, role)
 
 
 def parts_of(
