@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from itertools import count
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -10,7 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from tamis.data import rows_of
 from tamis.hashes import Hashes, content_hashes
 from tamis.layouts import LAYOUTS
-from tamis.rows import TEXT_FORMATS, batches, column_values, row_name
+from tamis.rows import TEXT_FORMATS, iter_rows, row_name
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +105,10 @@ def check_token_rows(dataset: Dataset, role: str) -> Hashes:
     names = token_columns(dataset)
 
     def checked() -> Iterator[dict[str, Any]]:
-        number = count()
-        for batch in batches(dataset):
-            for values in zip(*(column_values(batch, name) for name in names), strict=True):
-                row, i = dict(zip(names, values, strict=True)), next(number)
-                if problem := _problem(row):
-                    raise ValueError(f"{row_name(dataset, role, i)}: {problem}")
-                yield row
+        for i, row in enumerate(iter_rows(dataset, names)):
+            if problem := _problem(row):
+                raise ValueError(f"{row_name(dataset, role, i)}: {problem}")
+            yield row
 
     return content_hashes(checked())
 

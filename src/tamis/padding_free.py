@@ -49,7 +49,11 @@ def joined_forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[int]:
-    """Where each row begins among the tokens of all lines: the longest rows first, each in the first line with room."""
+    """Where each row begins among the tokens of all lines: the longest rows first, each in the first line with room.
+
+    Args:
+        lengths: tokens of each row, none more than ``width``, the tokens of a line.
+    """
     starts, ends = [0] * len(lengths), list[int]()
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         line = next((line for line, end in enumerate(ends) if end + lengths[row] <= width), len(ends))

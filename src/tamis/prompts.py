@@ -9,7 +9,7 @@ tokenizer in hand, before the model is loaded.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tamis.rows import (
     column_values,
     content_columns,
     is_conversational,
+    iter_rows,
     last_answer,
     row_name,
     training_flag,
@@ -301,7 +302,7 @@ class Prompts:
             return
         names = [name for name in ("prompt", "completion", "messages", "tools") if name in dataset.column_names]
         kinds = set[tuple[Any, ...]]()
-        for i, row in _enumerated_rows(dataset, names):
+        for i, row in enumerate(iter_rows(dataset, names)):
             messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
             tools = row.get("tools")
             kind = (tools is None, *((message["role"], bool(message.get("tool_calls"))) for message in messages))
@@ -384,15 +385,6 @@ def _enumerated(dataset: Dataset, column: str) -> Iterator[tuple[int, Any]]:
     return enumerate(value for batch in batches(dataset) for value in column_values(batch, column))
 
 
-def _enumerated_rows(dataset: Dataset, names: list[str]) -> Iterator[tuple[int, Row]]:
-    def rows() -> Iterable[Row]:
-        for batch in batches(dataset):
-            columns = [column_values(batch, name) for name in names]
-            yield from (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
-
-    return enumerate(rows())
-
-
 def _rewritten(dataset: Dataset, names: list[str], write: Callable[[Row], Row], role: str) -> Dataset:
     """The data set with other columns in the place of these."""
     return as_dataset(one_table(_rewritten_batches(dataset, names, write, role), role))
@@ -405,7 +397,7 @@ def _rewritten_batches(
     for batch in batches(dataset):
         assert isinstance(batch, Dataset)
         written = []
-        for i, row in _enumerated_rows(batch, names):
+        for i, row in enumerate(iter_rows(batch, names)):
             try:
                 written.append(write(row))
             except ValueError as error:

@@ -78,6 +78,13 @@ def batches(rows: Rows) -> Batches:
             yield batch
 
 
+def iter_rows(dataset: Dataset, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of all rows, row by row."""
+    for batch in batches(dataset):
+        columns = [column_values(batch, name) for name in names]
+        yield from (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
+
+
 def column_values(batch: list[dict[str, Any]] | Dataset, column: str) -> list[Any]:
     """Return the values of one column as Python objects; a dot in its name leads into an object, `meta.answer`."""
     if isinstance(batch, list):

@@ -24,6 +24,7 @@ from transformers import TrainingArguments
 
 from tamis.losses import Collate
 from tamis.randomness import EndlessPermutations, permutation
+from tamis.rows import arrow_column
 
 _AT_ONCE = 1000
 
@@ -93,7 +94,7 @@ class PreparedRows:
 
     def __init__(self, dataset: Dataset):
         self._dataset = dataset
-        self.ids = torch.tensor(dataset["example_id"][:], dtype=torch.int64)
+        self.ids = _numbers(dataset, "example_id")
         self._rows = dataset.select_columns(["input_ids", "labels"])
         self._places = torch.full((int(self.ids.max()) + 1,), -1, dtype=torch.int64)
         self._places[self.ids] = torch.arange(len(self.ids))
@@ -104,7 +105,7 @@ class PreparedRows:
     @property
     def num_tokens(self) -> Tensor:
         """Of each row (int64), before it was cut."""
-        return torch.tensor(self._dataset["num_tokens"][:], dtype=torch.int64)
+        return _numbers(self._dataset, "num_tokens")
 
     def take(self, example_ids: Sequence[int]) -> list[dict[str, list[int]]]:
         """The rows with these ids, in their order; one read of the dataset."""
@@ -115,6 +116,10 @@ class PreparedRows:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, list[int]]]]:
         return zip(self.ids.tolist(), self._rows, strict=True)
+
+
+def _numbers(dataset: Dataset, column: str) -> Tensor:
+    return torch.tensor(arrow_column(dataset, column).to_numpy(), dtype=torch.int64)
 
 
 def prompt_and_response(row: dict[str, list[int]]) -> tuple[list[int], list[int]] | None:
@@ -161,7 +166,12 @@ def drawn_rows(visits_N: Tensor, seed: int, epoch: int) -> Tensor:
 
 
 def longest_first(places: Tensor, length_of: Tensor, rows_per_step: int) -> Tensor:
-    """The rows of each optimizer step, the longest first; every step keeps its rows."""
+    """The rows of each optimizer step, the longest first; every step keeps its rows.
+
+    Args:
+        places: of rows, in their order in the epoch; a row may be there several times.
+        length_of: tokens of each row of the data set, by its place.
+    """
     by_length = length_of[places].argsort(descending=True, stable=True)
     return places[by_length[(by_length // rows_per_step).argsort(stable=True)]]
 

@@ -9,7 +9,6 @@ Shape suffix: N rows of a data set.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from rensa import RMinHash, RMinHashDeduplicator
 from tamis.hashes import Hashes, content_hashes, is_in, num_distinct
 from tamis.inference import prompt_of
 from tamis.progress import track
-from tamis.rows import PROMPT_PARTS, column_values, content_columns
+from tamis.rows import PROMPT_PARTS, content_columns, iter_rows
 
 SHINGLE_SIZE = 5  # characters: words would find little in short rows, and none in Chinese
 THRESHOLD = 0.8
@@ -54,8 +53,7 @@ def keys_of(dataset: Dataset, role: str, hashes: Hashes) -> Keys:
     if content == ["text"]:
         return Keys(hashes, None)
     names = [content[0], *(name for name in PROMPT_PARTS if name in dataset.column_names)]
-    rows = chain.from_iterable(_rows(dataset, names, np.arange(len(dataset))))
-    return Keys(hashes, content_hashes(map(_prompt_alone, rows)))
+    return Keys(hashes, content_hashes(map(_prompt_alone, iter_rows(dataset, names))))
 
 
 def _prompt_alone(row: dict[str, Any]) -> dict[str, Any]:
@@ -188,18 +186,9 @@ def _texts(dataset: Dataset, role: str, places: Sequence[int]) -> Iterator[str]:
     """What rows say, all in one text."""
     names = content_columns(dataset, role)
     parts = [name for name in ("prompt_input",) if name in dataset.column_names]
-    for rows in _rows(dataset, [*names[:1], *parts, *names[1:]], np.asarray(places)):
-        for row in rows:
-            yield "\n".join(_text(value) for value in row.values() if value)
+    for row in iter_rows(dataset.select(places), [*names[:1], *parts, *names[1:]]):
+        yield "\n".join(_text(value) for value in row.values() if value)
 
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else "\n".join(message.get("content") or "" for message in value)
-
-
-def _rows(dataset: Dataset, names: Sequence[str], place_N: NDArray[np.int64]) -> Iterator[list[dict[str, Any]]]:
-    """Some columns of the rows at these places, a batch at a time."""
-    for start in range(0, len(place_N), _BATCH_SIZE):
-        part = dataset.select(place_N[start : start + _BATCH_SIZE])
-        columns = [column_values(part, name) for name in names]
-        yield [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -108,12 +108,12 @@ def with_trusted_rows(args: BilevelConfig, num_training: int, num_validation: in
     if args.per_device_validation_batch_size is not None:
         return {}
     if args.rho is None:  # as many trusted rows as go with the training rows of a step
+        name, largest = (_SIZE, size) if size > 1 else (_ACCUMULATION, accumulation)
 
         def surplus(candidate: int) -> int:
-            num_rows = candidate * rows_per_step(args) // (accumulation if size == 1 else size)
+            num_rows = candidate * rows_per_step(args) // largest
             return abs(num_rows + validation_rows_beside(num_rows, num_training, num_validation) - rows_per_step(args))
 
-        name, largest = _SIZE if size > 1 else _ACCUMULATION, size if size > 1 else accumulation
         return {name: min(range(1, largest + 1), key=surplus)}
     if size == 1:
         return {_ACCUMULATION: accumulation // 2} if accumulation % 2 == 0 else {}
