@@ -169,8 +169,8 @@ def refuse_engine(args: SFTConfig) -> None:
         raise ValueError(
             "DeepSpeed keeps gradients and optimizer to itself, and a scout descends by an optimizer of its own: shard "
             "the model by FSDP2 (recipes/accelerate/fsdp2.yaml), or weigh the rows first, by `tamis score` and "
-            "`tamis select --add_columns`, and choose `selector='column'`, `weight_column='tamis_weight'` and "
-            "`refine_fraction=0`"
+            "`tamis select` with `add_columns=True`, and choose `selector='column'`, `weight_column='tamis_weight'` "
+            "and `refine_fraction=0`"
         )
     if not is_sharded(args):
         return
