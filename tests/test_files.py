@@ -17,6 +17,7 @@ FULL = errno.ENOSPC
         (PermissionError(errno.EACCES, "Permission denied", "{folder}/.file.abcdefgh.tmp"), errno.EACCES),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), FULL),
         (Exception("Input/output error (os error 5)"), errno.EIO),
+        (RuntimeError("[enforce fail] . open file failed with strerror: Input/output error"), errno.EIO),
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed"), 0),
         (RuntimeError("File run/checkpoint-2/optimizer.pt cannot be opened."), 0),
     ],

@@ -14,6 +14,7 @@ _TEMPORARY = re.compile(r"\..+\.\w{8}\.tmp|\.tmp\w{6}")
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS)
 # How libraries in other languages pass on the number of an error, and how torch says that it could not write.
 _NUMBER = re.compile(r"\((?:os error|errno) (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+_WORDS = re.compile("failed with strerror: ([^.\n]+)")
 _OF_TORCH = re.compile(
     "PytorchStreamWriter failed|basic_ios::clear: iostream error|File .* cannot be opened|unexpected pos"
 )
@@ -54,6 +55,8 @@ def disk_error(error: BaseException) -> int | None:
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _NUMBER.search(str(error))):
         number = int(found[1] or found[2])
+    if number is None and (said := _WORDS.search(str(error))):
+        number = next((known for known in _OF_A_DISK if os.strerror(known) == said[1].strip()), None)
     if number is None and isinstance(error, RuntimeError) and _OF_TORCH.search(str(error)):
         return 0
     return number if number in _OF_A_DISK else None

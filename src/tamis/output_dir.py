@@ -122,18 +122,19 @@ def refuse_earlier_run(output_dir: str | Path) -> None:
     """Check that a new run would not write over another, nor over files of the user.
 
     Raises:
-        ValueError: metrics, checkpoints or a model are there; or files with the names of those that a run writes, and
-            no configuration of a run.
+        ValueError: metrics of a step, checkpoints or a model are there; or files with the names of those that a run
+            writes, and no configuration of a run.
     """
     folder = Path(output_dir)
-    traces = ("metrics.jsonl", "checkpoint-*", *_MODEL_FILES)
-    if finished_step(folder) is not None or any(next(folder.glob(trace), None) for trace in traces):
+    has_stepped = any(record.get("step") for record in read_metrics(folder))
+    has_saved = any(next(folder.glob(trace), None) for trace in ("checkpoint-*", *_MODEL_FILES))
+    if has_stepped or has_saved or finished_step(folder) is not None:
         raise ValueError(
             f"{output_dir} holds a run already: choose another `output_dir`, go on with `resume_from_checkpoint`, "
             "or replace it with `overwrite_output_dir=True`"
         )
     if _is_our_config(config_path(folder)):
-        return  # they are of a run that has ended before its first metrics
+        return  # they are of a run that has ended before its first step
     if found := [name for name in _WRITTEN_FILES if (folder / name).exists()]:
         raise ValueError(
             f"{output_dir} holds {found[0]}, which a run would write over: move it, choose another `output_dir`, or "

@@ -28,6 +28,7 @@ from tamis.compare.task import run_dir
 from tamis.config import OWN_FIELDS, REFINING_FIELDS, BilevelConfig
 from tamis.errors import explain
 from tamis.files import write_atomically
+from tamis.output_dir import remove_earlier_run
 from tamis.run import DataArguments, make_trainer
 from tamis.settings import given_fields
 from tamis.trainer import BilevelTrainer
@@ -214,6 +215,7 @@ def measure_base(arena: Arena, seed: int, max_tokens: int | None, max_minutes: f
     asked = {"max_tokens": max_tokens, "max_minutes": max_minutes}
     identity = arena.identity(BASE, settings, _all_rows(train)) | asked
     if (base := read_result(folder, identity)) is None:
+        remove_earlier_run(folder, keeps_trials=False)
         trainer = arena.trainer(folder, settings | {"rho": 0.5}, train)
         use_progress(trainer, ProgressCallback(BASE))
         values = arena.evaluate(trainer)
@@ -240,7 +242,8 @@ def run_all(arena: Arena, contenders: Sequence[Contender], seeds: Sequence[int],
                 explained = explain(error)
                 text = explained[1] if explained else f"{type(error).__name__}: {error}"
                 logger.warning(f"{contender.name}, seed {seed} failed: {text}")
-                logger.info("traceback", exc_info=explained is None)
+                if explained is None:
+                    logger.info("traceback", exc_info=True)
                 results.append(Result(contender.name, contender.group, seed, {}, error=text))
             gc.collect()
             torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
