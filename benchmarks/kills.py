@@ -4,8 +4,9 @@
 
 A story is a run of `tamis train` on a tiny model that dies by SIGKILL up to three times, in one phase, and is resumed
 until its end; then all that it has left is compared with the undisturbed run. After that every place at which a run
-writes fails once with each error of a disk, and the run is resumed. A story that is told already in the output
-directory is not told again. Linux with a C compiler; see `tests/nothing_lost.py`.
+writes fails once with each error of a disk, and the run is resumed; so does every place at which `tamis score` writes,
+and every one of the files that are `tamis compare`'s own. A story that is told already in the output directory is not
+told again. Linux with a C compiler; see `tests/nothing_lost.py`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from common import finish, make_parser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from nothing_lost import AIMS, ERRORS, OPTIONS, SCENARIOS, Death, Runs, forks, write_sites
+from nothing_lost import AIMS, ERRORS, OPTIONS, OTHER_COMMANDS, SCENARIOS, Death, Runs, forks, write_sites
 
 KILLED = -9
 STORIES, KILLS = 11, 3  # of each scenario and aim; in each
@@ -44,11 +45,12 @@ def fail(runs: Runs, name: str, error: str, at: int) -> dict[str, Any]:
     """One write that fails: whether the command says which and what to do, and in what the resumed run differs."""
     write = runs.whole.writes[at - 1]
     life = runs.live(name, death=Death(at, ERRORS[error]))
-    file, words = write.name.rpartition("/")[2].removeprefix("*"), life.last_words
+    failed = [line for line in life.said.splitlines() if ", seed 0 failed: " in line]  # of a comparison, that goes on
+    file, words = write.name.rpartition("/")[2].removeprefix("*"), failed[0] if failed else life.last_words
     is_clear = life.exit_code == 1 and (file in words or "checkpoint" in words) and ", then " in words
     resumed = runs.resume(name)
     differences = runs.differences(name) if resumed.exit_code == 0 else [resumed.last_words]
-    found = {"kind": "failure", "error": error, "operation": write.kind, "file": write.name}
+    found = {"kind": "failure", "command": runs.command, "error": error, "operation": write.kind, "file": write.name}
     return found | {"words": words.replace(str(runs.folder), ""), "is_clear": is_clear, "differences": differences}
 
 
@@ -74,10 +76,20 @@ def told(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for scenario, runs in scenarios.items():
                 for aim in AIMS:
                     add(f"{scenario}, {aim}, {k}", runs, tell, scenario, aim)
-        for k, (error, at) in enumerate(write_sites(scenarios["refining"].whole.writes)):
-            if k % every == 0:
-                add(f"{error} {at}", scenarios["refining"], fail, error, at)
+        failing = [scenarios["refining"]]
+        failing += [Runs(context, Path(folder) / name, *own, command=name) for name, own in OTHER_COMMANDS.items()]
+        for runs in failing:
+            for error, at in own_sites(runs)[::every]:
+                write = runs.whole.writes[at - 1]
+                add(f"{runs.command}, {error} {write.kind} {write.name}".replace("/", " "), runs, fail, error, at)
     return rows
+
+
+def own_sites(runs: Runs) -> list[tuple[str, int]]:
+    """`write_sites`; of a comparison those of files that only it writes."""
+    writes = runs.whole.writes
+    own = (".json", ".html") if runs.command == "compare" else ""
+    return [(error, at) for error, at in write_sites(writes) if writes[at - 1].name.endswith(own)]
 
 
 def main() -> None:

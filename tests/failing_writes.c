@@ -105,3 +105,25 @@ ssize_t pwrite64(int file, const void *bytes, size_t size, off64_t offset) {
 int mkdir(const char *path, mode_t mode) { return fails("mkdir", path) ? -1 : REAL(mkdir)(path, mode); }
 
 int rename(const char *from, const char *to) { return fails("rename", to) ? -1 : REAL(rename)(from, to); }
+
+/* Only of files of a checkpoint: transformers removes old ones, file by file. */
+static int removal_fails(int folder, const char *name) {
+    char link[64], path[PATH_MAX];
+    if (!root[0]) return 0;
+    ssize_t length = 0;
+    if (folder != AT_FDCWD && name[0] != '/') {
+        snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+        length = readlink(link, path, sizeof path - 1);
+        if (length < 0) return 0;
+        path[length++] = '/';
+    }
+    snprintf(path + length, sizeof path - length, "%s", name);
+    size_t above = strlen(root);
+    return !strncmp(path, root, above) && strstr(path + above, "/checkpoint-") ? fails("remove", path) : 0;
+}
+
+int unlink(const char *path) { return removal_fails(AT_FDCWD, path) ? -1 : REAL(unlink)(path); }
+
+int unlinkat(int folder, const char *path, int flags) {
+    return removal_fails(folder, path) ? -1 : REAL(unlinkat)(folder, path, flags);
+}

@@ -1,4 +1,4 @@
-"""Real runs of `tamis train` that die: killed at any moment, or by a write that fails; and what they leave behind.
+"""Real runs of `tamis train`, `score` and `compare` that die, killed or by a write that fails; and what they leave.
 
 Processes are forked from one that has imported everything: each is a run of the command, and starts in no time. Before
 libc each has loaded `failing_writes.c`, which records the writes below the output directory and can end the process
@@ -37,7 +37,7 @@ SIGKILL = -1  # in place of an errno
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
 RESUME = ("--resume_from_checkpoint", "last")
 # What the clock says, and the loss that `transformers` takes the mean of since the process began.
-_OF_THE_CLOCK = re.compile("runtime|per_second|seconds|^train_loss$|^total_flos$")
+_OF_THE_CLOCK = re.compile("runtime|preparation_time|per_second|seconds|^train_loss$|^total_flos$")
 _TEMPORARY = re.compile(r"\.(.+)\.\w{8}\.tmp$|\.tmp\w{6}$")
 
 # Lines of the log, evaluations and checkpoints at steps that do not go together.
@@ -55,6 +55,11 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
         "--max_new_tokens", "4",
     ),
 }  # fmt: skip
+# Commands that are not resumed: the same one again ends what is left to do.
+OTHER_COMMANDS: dict[str, tuple[str, ...]] = {
+    "score": (),
+    "compare": ("--methods", "trusted_alone", "less", "tamis", "--seeds", "0", "--metric", "eval_loss"),
+}
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ def _live(arguments: list[str], watched: str, said: str, record: str, death: Dea
 
 @dataclass(frozen=True)
 class Write:
-    """One that was recorded: ``mkdir``, ``open``, ``write`` or ``rename`` of a file of the run.
+    """One that was recorded: ``mkdir``, ``open``, ``write``, ``rename``, or ``remove`` of a file of a checkpoint.
 
     Attributes:
         at_s: seconds of the machine's clock.
@@ -169,8 +174,8 @@ def live(context: Any, arguments: list[str], watched: Path, death: Death = NEVER
 class Runs:
     """Runs of one scenario in a folder of their own, all with the same rows and the same model."""
 
-    def __init__(self, context: Any, folder: Path, *options: str):
-        self.context, self.folder = context, folder
+    def __init__(self, context: Any, folder: Path, *options: str, command: str = "train"):
+        self.context, self.folder, self.command = context, folder, command
         right, wrong, trusted = two_kinds("xy")
         files = {"train_dataset": [*right, *wrong], "validation_dataset": trusted, "eval_dataset": right[:3]}
         folder.mkdir(parents=True)
@@ -178,15 +183,15 @@ class Runs:
         for name, rows in files.items():
             self.options += [f"--{name}", write_jsonl(folder / f"{name}.jsonl", rows)]
 
-    def live(self, name: str, *extra: str, death: Death = NEVER, command: str = "train") -> Life:
+    def live(self, name: str, *extra: str, death: Death = NEVER) -> Life:
         """One process that works on the run of this name."""
         run = self.folder / name
-        return live(self.context, [command, *self.options, "--output_dir", str(run), *extra], run, death)
+        return live(self.context, [self.command, *self.options, "--output_dir", str(run), *extra], run, death)
 
     def resume(self, name: str, death: Death = NEVER) -> Life:
         """One more process, started as a user would: to go on, or, where the run had not begun, anew."""
         has_begun = any((self.folder / name / file).exists() for file in ("config.yaml", "metrics.jsonl"))
-        return self.live(name, *(RESUME if has_begun else ()), death=death)
+        return self.live(name, *(RESUME if has_begun and self.command == "train" else ()), death=death)
 
     @cached_property
     def whole(self) -> Life:
@@ -235,12 +240,18 @@ def within_a_write(writes: list[Write], dice: random.Random, of: str = "") -> De
     return Death(dice.randint(1, number), SIGKILL, of=of)
 
 
+def while_checkpoints_are_removed(writes: list[Write], dice: random.Random) -> Death:
+    """A kill at one of the files of an old checkpoint, some of which are gone by then."""
+    return Death(dice.choice([at for at, write in enumerate(writes, 1) if write.kind == "remove"]), SIGKILL)
+
+
 AIMS: dict[str, Callable[[list[Write], random.Random], Death]] = {
     "at any moment": at_any_moment,
     "while scouting": while_scouting,
     "within a write of a checkpoint": partial(within_a_write, of="checkpoint-"),
     "within a write of the weights": partial(within_a_write, of="weights.parquet"),
     "within any write": within_a_write,
+    "while checkpoints are removed": while_checkpoints_are_removed,
 }
 
 
@@ -251,7 +262,8 @@ def write_sites(writes: list[Write]) -> Iterator[tuple[str, int]]:
     """Each kind of write of each file once, with the errors that it may have: the name of one, the write's number."""
     sites: dict[tuple[str, str], int] = {}
     for at, write in enumerate(writes, 1):
-        sites.setdefault((write.kind, write.name), at)
+        if write.kind != "remove":
+            sites.setdefault((write.kind, write.name), at)
     for (kind, _), at in sites.items():
         for error in ERRORS:
             if (kind, error) != ("write", "EACCES"):  # permissions are asked for when a file is opened
@@ -280,7 +292,9 @@ def _content(path: Path) -> Any:
         return {name: t.numpy().tobytes() for name, t in tensors.items() if not _OF_THE_CLOCK.search(name)}
     if path.suffix in (".pt", ".pth"):
         return str(_plain(torch.load(path, weights_only=False)))
-    if path.name == "training_args.bin" or path.suffix in (".md", ".yaml"):
+    if path.suffix == ".json":
+        return _without_clock(json.loads(path.read_text(encoding="utf-8")))
+    if path.name == "training_args.bin" or path.suffix in (".md", ".yaml", ".html"):
         return None  # they name the folder and the day
     return path.read_bytes()
 
@@ -293,5 +307,11 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def _without_clock(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if not _OF_THE_CLOCK.search(name)}
+def _without_clock(value: Any) -> Any:
+    """What is left of JSON if all that depends on the clock or names the folder is taken out."""
+    if isinstance(value, list):
+        return [_without_clock(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {name for name in value if not _OF_THE_CLOCK.search(name) and name != "output_dir"}
+    return {name: _without_clock(value[name]) for name in kept}

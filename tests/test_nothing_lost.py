@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from nothing_lost import AIMS, SCENARIOS, Death, Runs, forks
+from nothing_lost import AIMS, ERRORS, OTHER_COMMANDS, SCENARIOS, SIGKILL, Death, Runs, forks, write_sites
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("cc") is None, reason="writes are watched on Linux, by C"
@@ -17,7 +17,10 @@ pytestmark = pytest.mark.skipif(
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nothing_lost")
     with forks(folder) as context:
-        yield {name: Runs(context, folder / name, *SCENARIOS[name]) for name in ("LoRA with dropout", "refining")}
+        runs = {name: Runs(context, folder / name, *SCENARIOS[name]) for name in ("LoRA with dropout", "refining")}
+        for name, options in OTHER_COMMANDS.items():
+            runs[name] = Runs(context, folder / name, *options, command=name)
+        yield runs
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,7 @@ def runs(tmp_path_factory):
         ("LoRA with dropout", "within a write of the weights"),
         ("refining", "at any moment"),
         ("refining", "within a write of a checkpoint"),
+        ("refining", "while checkpoints are removed"),
     ],
 )
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(runs, scenario, aim):
@@ -57,3 +61,38 @@ def test_a_write_that_fails_is_named_and_loses_nothing(runs, error, kind, name, 
     life = of_scenario.resume(run)
     assert life.exit_code == 0, life.said
     assert not of_scenario.differences(run)
+
+
+def test_a_scoring_that_fails_or_is_killed_is_ended_by_the_same_command(runs):
+    scoring = runs["score"]
+    sites = [*write_sites(scoring.whole.writes)][::9]
+    deaths = {f"{error} {at}": Death(at, ERRORS[error]) for error, at in sites}
+    deaths |= {"killed at the end": Death(len(scoring.whole.writes), SIGKILL)}
+    deaths |= {"killed in the metrics": Death(2, SIGKILL, of="metrics.jsonl")}
+    for name, death in deaths.items():
+        life = scoring.live(name, death=death)
+        assert life.exit_code in (1, -9) and "Traceback" not in life.said
+        assert life.exit_code == -9 or life.last_words.endswith("then run the same command again"), life.said
+        life = scoring.resume(name)
+        assert life.exit_code == 0, (name, life.said)
+        assert not scoring.differences(name), name
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "name", "words"),
+    [
+        ("ENOSPC", "write", "comparison.json", "the disk is full"),
+        ("EIO", "write", "runs/base_model/result.json", "see to the disk, then run the same command again"),
+        ("EACCES", "open", "seed_0/runs/less_scores/scores.json", "LESS, kept, seed 0 failed: "),
+        ("ENOSPC", "write", "seed_0/runs/tamis/weights.parquet", "tamis, seed 0 failed: "),
+    ],
+)
+def test_a_comparison_goes_on_after_a_write_that_failed(runs, error, kind, name, words):
+    comparison, folder = runs["compare"], name.replace("/", "-")
+    writes = comparison.whole.writes
+    at = next(i for i, write in enumerate(writes, 1) if (write.kind, write.name) == (kind, name))
+    life = comparison.live(folder, death=Death(at, ERRORS[error]))
+    assert life.exit_code == 1 and "Traceback" not in life.said and words in life.said, life.said
+    life = comparison.resume(folder)
+    assert life.exit_code == 0, life.said
+    assert not comparison.differences(folder)

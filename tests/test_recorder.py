@@ -15,7 +15,14 @@ from datasets import Dataset
 from tamis import BilevelConfig
 from tamis import hashes as hashes_module
 from tamis.hashes import hex_digits
-from tamis.recorder import FORMAT_VERSION, Recorder, checkpoint_step, last_complete_checkpoint, write_atomically
+from tamis.recorder import (
+    FORMAT_VERSION,
+    Recorder,
+    checkpoint_step,
+    end_rotation,
+    last_complete_checkpoint,
+    write_atomically,
+)
 from tamis.rows import check_rows
 from tamis.selection.calibration import fit
 from tamis.selection.evidence import compare
@@ -342,6 +349,25 @@ def test_a_half_written_checkpoint_is_passed_over(run, tmp_path, state, caplog):
     resumed = run("cut")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [(None, None, [2, 4, 6, 8]), (2, None, [4, 6, 8]), (2, 2, [2, 6, 8]), (1, 4, [4, 6, 8]), (1, None, [6, 8])],
+)
+def test_what_was_being_removed_when_a_run_was_killed_does_not_count(tmp_path, limit, best, kept):
+    """Killed while checkpoint-2 was removed, and once more while checkpoint-8 was written; it goes on from step 6."""
+    best_folder = best and str(tmp_path / f"checkpoint-{best}")
+    for step in (4, 6, 8, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        if step in (4, 6):
+            state = {"global_step": step, "best_model_checkpoint": best_folder}
+            (folder / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "checkpoints.txt").write_text("of the user")
+    end_rotation(str(tmp_path / "checkpoint-6"), limit)
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{k}" for k in kept]
 
 
 def test_there_is_nothing_to_resume_from(run, tmp_path):

@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 from tamis.files import write_atomically, writing
 from tamis.output_dir import config_path, was_cut_short, write_config
@@ -245,8 +246,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
     `transformers` writes ``trainer_state.json`` last, so a folder without a readable one was cut short by a kill.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+    for folder in _checkpoints(output_dir):
         try:
             checkpoint_state(folder)
         except (OSError, json.JSONDecodeError):
@@ -254,6 +254,31 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
             continue
         return str(folder)
     return None
+
+
+def end_rotation(resume: str | Path, save_total_limit: int | None) -> None:
+    """Remove what a kill kept `transformers` from removing: checkpoints before ``resume`` beyond the limit.
+
+    It orders them by the time of their last change, so that one half removed would count as the newest, and whole ones
+    would go in its place.
+    """
+    if not save_total_limit:
+        return
+    own, state = Path(resume), checkpoint_state(resume)
+    best = state["best_model_checkpoint"]
+    num_later = sum(_step_of(folder) > state["global_step"] for folder in _checkpoints(own.parent))
+    num_kept = max(save_total_limit, len({str(own), str(Path(best or own))}))
+    rotate_checkpoints(str(own.parent), num_kept + num_later, best)
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """The newest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(folders, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[-1])
 
 
 def checkpoint_state(checkpoint: str | Path) -> dict[str, Any]:

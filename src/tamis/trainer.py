@@ -39,7 +39,7 @@ from tamis.losses import fused_forward, stop_if_not_finite
 from tamis.output_dir import announce_users_files, claimed, refuse_earlier_run, remove_earlier_run, users_card_kept
 from tamis.prerequisites import refuse_unreachable
 from tamis.prompts import Prompts, check_template
-from tamis.recorder import Recorder, checkpoint_state, find_checkpoint, run_info
+from tamis.recorder import Recorder, checkpoint_state, end_rotation, find_checkpoint, run_info
 from tamis.resuming import ResumableTrainer
 from tamis.rows import attach_example_ids, row_name, row_table
 from tamis.selection.selectors import Selector
@@ -345,6 +345,8 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer, JoinedRows):
                 if not replaces:
                     refuse_earlier_run(self._output_dir)
                 remove_earlier_run(self._output_dir, keeps_trials=not self.args.overwrite_output_dir)
+            else:
+                end_rotation(resume, self.args.save_total_limit)
             announce_users_files(self._output_dir)
             self.recorder.write_config(self.config_settings, run_info(self._fingerprints, announcements))
             self.recorder.write_skipped(self.skipped_rows)
