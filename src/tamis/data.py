@@ -73,18 +73,6 @@ def load_rows(
     return joined(files, str(source))
 
 
-def read_rows(origin: Path | Dataset, name: str, **options: Any) -> pa.Table:
-    """The rows of one file, or of a data set that is no file, as `load_rows` has them.
-
-    Args:
-        options: see `RowReader`.
-
-    Raises:
-        ValueError: see `load_rows`.
-    """
-    return RowReader(origin, name, **options).table()
-
-
 def joined(files: Iterable[Iterable[pa.Table]], name: str) -> Dataset:
     """One data set of the rows of several files.
 

@@ -204,7 +204,7 @@ CASES = [
 @pytest.mark.parametrize(("extra", "text"), CASES, ids=[extra for extra, _ in CASES])
 def test_errors_are_those_of_training(folder, capfd, extra, text):
     (folder / "occupied").mkdir()
-    (folder / "occupied" / "metrics.jsonl").touch()
+    (folder / "occupied" / "metrics.jsonl").write_text('{"step": 1}\n')
     expected = line_of_train(capfd, *extra.split())
     assert text in expected
     found, err = run(capfd, *extra.split(), code=2)

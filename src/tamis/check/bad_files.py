@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from tamis.data import origins_of, read_rows
+from tamis.data import RowReader, origins_of
 from tamis.run import DataArguments
 from tamis.sources import matches
 
@@ -37,12 +37,17 @@ def find_problems(data: DataArguments) -> tuple[list[str], list[dict[str, Any]]]
                 continue
             for name, origin in origins:
                 try:
-                    read_rows(origin, name, **options)
+                    _read(RowReader(origin, name, **options))
                 except ValueError as error:
                     messages.append(str(error))
                     with suppress(ValueError):  # the same one, where it is not about single rows
-                        read_rows(origin, name, skipped=bad_rows, **options)
+                        _read(RowReader(origin, name, skipped=bad_rows, **options))
     return messages, bad_rows
+
+
+def _read(rows: RowReader) -> None:
+    for _ in rows:  # checks a batch, and keeps none
+        pass
 
 
 def _named(data: DataArguments) -> Iterator[tuple[str, list[str], str, str | None]]:
