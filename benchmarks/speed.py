@@ -10,7 +10,8 @@ in the same number of steps. Models, rows, optimizer, attention and collator are
 `ratio` is the time of tamis from the first step to the last over that of `SFTTrainer`: the median over pairs, each run
 in turn in one process after one of both that is not counted, with the smallest and the largest (`low`, `high`). It is
 the processor's time on one thread, so that other work on the machine matters little. Scouting comes before the first
-step, responses are generated between steps: neither is in it, see `scout_cost.py` and `refining_cost.py`.
+step, responses are generated between steps: neither is in it, see `scout_cost.py` and `refining_cost.py`. The loss of a row
+under the base model is computed at its first visit, in the first epoch therefore.
 Cases "... against ..." compare tamis with a setting and without it: `sft_s` and `sft_mb` are without. They run only
 where `--cases` names them.
 `memory_ratio` is that of the most memory that a process takes after the libraries are loaded, each in a process of its
@@ -78,6 +79,7 @@ CASES = {
     "defaults, long-tailed, LoRA": Case(ONE_SCOUT, is_long_tailed=True, is_lora=True),
     "mirror, reference zero": Case(MIRROR | {"reference": "zero"}, BATCH_SIZE),
     "mirror, reference base": Case(MIRROR | {"reference": "base"}, BATCH_SIZE),
+    "mirror, reference base, three epochs": Case(MIRROR | {"reference": "base", "num_train_epochs": 3}, BATCH_SIZE),
     "mirror, reference tracked": Case(MIRROR | {"reference": "tracked"}, BATCH_SIZE),
     "refining": Case(REFINING),
     "refining, LoRA": Case(REFINING, is_lora=True),
@@ -173,21 +175,20 @@ def memory(case: Case, model_dir: Path, is_ours: bool) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - libraries) / 1024
 
 
-def measure(arguments: argparse.Namespace, model_dir: Path) -> list[dict[str, Any]]:
-    """A row for each case."""
+def measure(arguments: argparse.Namespace, model_dir: Path) -> None:
+    """A row for each case; the results are written after each."""
 
     def in_its_process(function: Any, *args: Any) -> Any:
         with ProcessPoolExecutor(1, get_context("spawn")) as executor:
             return executor.submit(function, *args).result()
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in arguments.cases:
         case = CASES[name]
         found = in_its_process(step_seconds, case, model_dir, arguments.num_pairs)
         ours, plain = (in_its_process(memory, case, model_dir, is_ours) for is_ours in (True, False))
         rows.append({"case": name} | found | {"tamis_mb": ours, "sft_mb": plain, "memory_ratio": ours / plain})
-        print(rows[-1], flush=True)
-    return rows
+        finish(arguments, rows, {})
 
 
 def main() -> None:
@@ -200,7 +201,7 @@ def main() -> None:
         arguments.cases, arguments.num_pairs = arguments.cases[:2], 1
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     model_dir = make_model(arguments.output_dir / "model")
-    finish(arguments, measure(arguments, model_dir), {})
+    measure(arguments, model_dir)
 
 
 if __name__ == "__main__":

@@ -98,12 +98,15 @@ def _deaths(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def failures_table(results: Results) -> str:
-    """One line per error of `benchmarks/kills.py`, and their sum."""
+    """One line per command and error of `benchmarks/kills.py`, and their sum."""
     failures = [row for row in results["rows"] if row["kind"] == "failure"]
-    errors = dict.fromkeys(row["error"] for row in failures)
-    lines = [[f"`{error}`", *_failures([row for row in failures if row["error"] == error])] for error in errors]
-    lines.append(["**all**", *(f"**{cell}**" for cell in _failures(failures))])
-    return as_table("error | writes that failed | clear messages | resumed runs that differ", lines)
+    keys = dict.fromkeys((row["command"], row["error"]) for row in failures)
+    lines = []
+    for command, error in keys:
+        found = [row for row in failures if (row["command"], row["error"]) == (command, error)]
+        lines.append([f"`tamis {command}`", f"`{error}`", *_failures(found)])
+    lines.append(["**all**", "", *(f"**{cell}**" for cell in _failures(failures))])
+    return as_table("command | error | writes that failed | clear messages | runs that differ in the end", lines)
 
 
 def _failures(rows: list[dict[str, Any]]) -> list[str]:

@@ -20,8 +20,8 @@ from tamis.files import write_atomically, writing
 from tamis.hashes import versioned_fingerprint
 from tamis.readers import one_line
 
-# Bytes. Below it a file would only slow things down; ten such tables are still no burden.
-LARGEST_IN_MEMORY = 2**28
+# Bytes. Tokens take up to ten times as many as their text, and stay where the rows are.
+LARGEST_IN_MEMORY = 2**26
 _ROWS_AT_ONCE = 10_000
 _A_DAY = 86_400.0  # seconds
 
