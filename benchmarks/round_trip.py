@@ -5,7 +5,8 @@
 Two tasks: the demo's world, and German inflection (`benchmarks/sigmorphon.py`). `score, select` is `tamis score` by the
 base model, `tamis select` with its defaults, and then plain SFT (selector `none`, rho 0) on the kept rows and the
 validation rows in one file. `scored by a quarter` is the same with a base model of about a quarter of the parameters,
-half as wide, that was pretrained on the same rows, for as many steps or (`trained longer`) for four times as many.
+half as wide, that was pretrained on the same rows, for as many steps or (`trained longer`, the demo alone) for four
+times as many.
 `auroc` and `share_right` are those of the scoring. All runs make the same number of steps. `gap_closure` is on exact
 match, as in all benchmarks.
 """
@@ -40,6 +41,7 @@ SCORERS = {
     "scored by a quarter": ("_small", WIDTH // 2, 1),
     "scored by a quarter, trained longer": ("_small_long", WIDTH // 2, 4),
 }
+ALL, WITHOUT_THE_LONGEST = tuple(SCORERS), tuple(SCORERS)[:-1]
 OF_TRAINING = ("max_steps", "eval_strategy", "eval_steps", "save_strategy")
 
 
@@ -52,21 +54,27 @@ class Setup:
         pretrain_steps: of the model that is trained.
         settings: of all runs.
         rhos: of direct mixing.
+        scorers: of `SCORERS`.
     """
 
     make: Callable[..., Task]
     pretrain_steps: int
     settings: dict[str, Any]
     rhos: tuple[float, ...]
+    scorers: tuple[str, ...]
 
 
 def setups(is_quick: bool) -> dict[str, Setup]:
     language_settings = LANGUAGE_SETTINGS | {"max_steps": 600}
     german_steps = sigmorphon.PRETRAIN_STEPS
     return {
-        "demo": Setup(make_language_world, 20 if is_quick else 600, language_settings, (0.1, 0.3, 0.8)),
+        "demo": Setup(make_language_world, 20 if is_quick else 600, language_settings, (0.1, 0.3, 0.8), ALL),
         "sigmorphon": Setup(
-            sigmorphon.make_task, 20 if is_quick else german_steps, sigmorphon.SETTINGS, sigmorphon.RHOS
+            sigmorphon.make_task,
+            20 if is_quick else german_steps,
+            sigmorphon.SETTINGS,
+            sigmorphon.RHOS,
+            WITHOUT_THE_LONGEST,
         ),
     }
 
@@ -104,13 +112,13 @@ def main() -> None:
                 suffix: setup.make(
                     folder / f"task{suffix}", seed=seed, hidden_size=width, pretrain_steps=setup.pretrain_steps * times
                 )
-                for suffix, width, times in SCORERS.values()
+                for suffix, width, times in (SCORERS[name] for name in setup.scorers)
             }
             task = tasks[""]
             common = setup.settings | {"seed": seed} | ({"max_steps": 20} if arguments.quick else {})
             rows = compare_methods(task, folder, common, setup.rhos, seal_rates=())  # without SEAL
-            for name, (suffix, _, _) in SCORERS.items():
-                rows.insert(-1, select_and_train(name, tasks[suffix], task, folder, common))
+            for name in setup.scorers:
+                rows.insert(-1, select_and_train(name, tasks[SCORERS[name][0]], task, folder, common))
             add_gap_closures(rows)
             all_rows += [{"scenario": scenario, "seed": seed} | row for row in rows]
             for row in rows:
@@ -118,7 +126,7 @@ def main() -> None:
                     for figure in ("test_accuracy", "gap_closure"):
                         key = f"{figure} {scenario}: {row['method']}"
                         aggregates.setdefault(key, []).append(row[figure])
-    finish(arguments, all_rows, aggregates)
+            finish(arguments, all_rows, aggregates)  # after each: a run that is stopped has a table
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ in the same number of steps. Models, rows, optimizer, attention and collator are
 `ratio` is the time of tamis from the first step to the last over that of `SFTTrainer`: the median over pairs, each run
 in turn in one process after one of both that is not counted, with the smallest and the largest (`low`, `high`). It is
 the processor's time on one thread, so that other work on the machine matters little. Scouting comes before the first
-step, responses are generated between steps: neither is in it, see `scout_cost.py` and `refining_cost.py`. The loss of a row
-under the base model is computed at its first visit, in the first epoch therefore.
+step, responses are generated between steps: neither is in it, see `scout_cost.py` and `refining_cost.py`. The loss of a
+row under the base model is computed at its first visit, in the first epoch therefore.
 Cases "... against ..." compare tamis with a setting and without it: `sft_s` and `sft_mb` are without. They run only
 where `--cases` names them.
 `memory_ratio` is that of the most memory that a process takes after the libraries are loaded, each in a process of its
