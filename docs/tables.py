@@ -25,7 +25,7 @@ from tables_of_suite import SUITE  # noqa: E402
 
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "samples", "scaling")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "samples", "scaling", "messages")),
 )
 BOLD = ("tamis", "tamis, refining")
 ESTIMATES = {

@@ -1,5 +1,6 @@
 """Tables of time, memory and size, and of runs that die, for `docs/tables.py`."""
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,26 @@ def _differing(rows: list[dict[str, Any]]) -> str:
     return str(sum(bool(row["differences"]) for row in rows))
 
 
+def bad_inputs_list(results: Results) -> str:
+    """Each input of `benchmarks/bad_inputs.py` and what it is answered, by where it stands."""
+    parts = []
+    for kind in dict.fromkeys(row["kind"] for row in results["rows"]):
+        found = [row for row in results["rows"] if row["kind"] == kind]
+        pairs = (f"{_shown(row['input'], '')}\n{_shown(row['message'], '    ')}" for row in found)
+        parts.append(f"## In {kind}\n\n```text\n" + "\n".join(pairs) + "\n```")
+    return "\n\n".join(parts)
+
+
+def _shown(text: str, indent: str) -> str:
+    """Lines that fit a page, of what is cut where it is long."""
+    text = text.removeprefix("tamis train: ").replace("\t", "\\t").rstrip("\n") or "(nothing)"
+    lines = (text if len(text) <= 400 else f"{text[:399]}…").splitlines()
+    return "\n".join(
+        textwrap.fill(line, 116, initial_indent=indent, subsequent_indent=indent or "  ", break_on_hyphens=False)
+        for line in lines
+    )
+
+
 def _size(num_rows: int, seconds: float, peak_gb: float) -> list[str]:
     return [f"{num_rows:,}", f"{seconds:.0f}", f"{peak_gb * 1e9 / 2**30:.2f}"]
 
@@ -129,6 +150,7 @@ COSTS: dict[str, Callable[[Results], str]] = {
     "selector_scale": selector_scale_table,
     "speed": speed_table,
     "rival_cost": rival_cost_table,
+    "bad_inputs": bad_inputs_list,
     "kills.killed": kills_table,
     "kills.failures": failures_table,
 }

@@ -21,14 +21,19 @@ CHAT = [{"role": "user", "content": "1="}, {"role": "assistant", "content": "11"
 
 @pytest.fixture
 def folder(tmp_path, model_dir, monkeypatch):
-    """The working directory of a user: three files, and a link to a model."""
-    write_jsonl(tmp_path / "train.jsonl", pairs(6) + pairs(6, 30, wrong=True))
-    write_jsonl(tmp_path / "validation.jsonl", pairs(4, 100))
-    write_jsonl(tmp_path / "eval.jsonl", pairs(3, 200))
-    (tmp_path / "model").symlink_to(model_dir)
+    """The working directory of a user."""
+    make_files(tmp_path, model_dir)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     return tmp_path
+
+
+def make_files(folder, model_dir):
+    """Three files, and a link to a model."""
+    write_jsonl(folder / "train.jsonl", pairs(6) + pairs(6, 30, wrong=True))
+    write_jsonl(folder / "validation.jsonl", pairs(4, 100))
+    write_jsonl(folder / "eval.jsonl", pairs(3, 200))
+    (folder / "model").symlink_to(model_dir)
 
 
 def run(extra, without=()):
@@ -129,7 +134,7 @@ OPTIONS = [
     ("--gradient_checkpointing_kwargs 3", "--gradient_checkpointing_kwargs takes a JSON object"),
     ("--eos_token <none>", "('<none>') is not found in the vocabulary"),
     ("--chat_template_path none.jinja", "none.jinja: no such file. Check --chat_template_path"),
-    ("--attn_implementation best", 'attn_implementation="best"` is not supported'),
+    ("--attn_implementation best", "unknown attn_implementation 'best': choose from eager, "),
     # packages, login, folders
     ("--report_to wandb", "--report_to wandb needs the package wandb: pip install wandb"),
     ("--report_to tensorboard", "--report_to tensorboard needs the package tensorboard: pip install tensorboard"),
@@ -193,9 +198,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS, ids=[options for options, _ in OPTIONS])
 def test_options_that_cannot_work(options, message, folder, model_dir, monkeypatch, capfd):
-    monkeypatch.setattr("tamis.prerequisites.find_spec", lambda module: None)  # as on a machine without extras
-    monkeypatch.setattr("tamis.prerequisites.HfApi.model_info", unreachable)
-    monkeypatch.setattr("tamis.data.HfApi.dataset_info", unreachable)
+    for target, stand_in in WITHOUT_EXTRAS.items():
+        monkeypatch.setattr(target, stand_in)
     make_things_to_trip_over(folder, Path(model_dir))
     assert run(options.split()) == 2
     assert message in error_of(capfd)
@@ -204,6 +208,14 @@ def test_options_that_cannot_work(options, message, folder, model_dir, monkeypat
 
 def unreachable(*args, **kwargs):
     raise ConnectionError("no network")
+
+
+# As on a machine without the packages of extras, and without a network.
+WITHOUT_EXTRAS = {
+    "tamis.prerequisites.find_spec": lambda module: None,
+    "tamis.prerequisites.HfApi.model_info": unreachable,
+    "tamis.data.HfApi.dataset_info": unreachable,
+}
 
 
 def make_things_to_trip_over(folder, model_dir):
@@ -247,7 +259,7 @@ YAML = [
     ("", "run.yaml: not a list of names and values"),
     ("1: 2", "run.yaml: not a list of names and values"),
     ("env: 3", "run.yaml: env takes names and values"),
-    ("\tlearning_rate: 1", "run.yaml: not valid YAML"),
+    ("\tlearning_rate: 1", "run.yaml: not valid YAML (while scanning for the next token found character"),
 ]
 
 
@@ -303,7 +315,10 @@ def rows_of(*rows) -> str:
 ROWS = [
     ("", "train.jsonl: there are no rows"),
     ("\n\n", "train.jsonl: there are no rows"),
-    ('{"prompt": "1=", "comp', "train.jsonl, row 0 (line 1), which must be one whole object: not valid JSON"),
+    (
+        '{"prompt": "1=", "comp',
+        "one whole object: not valid JSON (Unterminated string starting at character 18). Correct it.",
+    ),
     ('{"text": "a"}\n\n{"text"', "train.jsonl, row 1 (line 3), which must be one whole object"),
     ("[1]\n", "train.jsonl, row 0 (line 1): [1] is not an object"),
     (rows_of({"prompt": "1="}), "train.jsonl: no known layout fits the columns prompt"),

@@ -39,7 +39,7 @@ class StrictParser(TrlParser):
             ValueError: always.
         """
         text = _BOTH_SPELLINGS.sub(r"\1", message.removeprefix("argument "))
-        raise ValueError(f"{text}{'' if text.endswith('?') else '.'} See {self.prog} --help")
+        raise ValueError(f"{text}{'' if text.endswith(('?', '.')) else '.'} See {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See `argparse`; nothing is left over.
@@ -120,7 +120,8 @@ def _refuse_bad_yaml(path: str) -> None:
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct it") from error
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
+        raise ValueError(f"{path}: not valid YAML ({reason}). Correct it") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ValueError(f"{path}: not a list of names and values, as `learning_rate: 2e-4`. Correct it")
     if not isinstance(config.get("env", {}), dict):

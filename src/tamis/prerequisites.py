@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, get_token, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, SFTConfig
 
 from tamis._compat import INTEGRATIONS
@@ -31,6 +32,8 @@ _OPTIMIZERS = {
 }
 # Where the package is imported by another name than it is installed by.
 _MODULES = {"torch-optimi": "optimi", "azureml": "azureml.core", "neptune": "neptune"}
+# What every model may have; a kernel of the hub has a slash in its name, and a variant of them a bar.
+_ATTENTION = ("eager", *sorted(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name))
 _MODEL_FILES = ("config.json", "adapter_config.json")
 _TIMEOUT = 10.0  # seconds, for one question to the hub
 
@@ -85,6 +88,10 @@ def _packages(args: SFTConfig, model_args: ModelConfig) -> Iterator[tuple[str, s
     if args.deepspeed:
         yield "`deepspeed`", "deepspeed"
     attention = model_args.attn_implementation or ""
+    if attention and "/" not in attention and "|" not in attention and attention not in _ATTENTION:
+        raise ValueError(
+            f"unknown attn_implementation '{attention}': choose from {', '.join(_ATTENTION)}, or a kernel of the hub"
+        )
     is_flash = attention.startswith("flash_attention_2") and not is_installed("flash-attn")
     if is_flash or "/" in attention:  # the second is a name of the hub
         yield f"`attn_implementation={attention}`", "kernels"

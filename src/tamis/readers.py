@@ -123,7 +123,7 @@ def _parse_json_lines(lines: Iterator[str], name: str) -> Iterator[dict[str, Any
 
 
 def _not_json(error: json.JSONDecodeError) -> str:
-    return f"not valid JSON ({error.msg} at character {error.colno}). Correct it."
+    return f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.colno}). Correct it."
 
 
 def _check_object(row: Any, name: str, i: int, may_break: bool) -> None:
