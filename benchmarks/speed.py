@@ -15,10 +15,13 @@ row under the base model is computed at its first visit, in the first epoch ther
 Cases "... against ..." compare tamis with a setting and without it: `sft_s` and `sft_mb` are without. They run only
 where `--cases` names them.
 `memory_ratio` is that of the most memory that a process takes after the libraries are loaded, each in a process of its
-own.
+own, where freed blocks of 64 KB or more go back to the system (`MALLOC_MMAP_THRESHOLD_`): what is needed at once.
+`heap_ratio` is the same with glibc's defaults, whose heap keeps holes where sizes vary, as between scouting and
+training.
 """
 
 import argparse
+import os
 import random
 import resource
 import tempfile
@@ -29,6 +32,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import finish, make_parser, random_model
@@ -187,6 +191,9 @@ def measure(arguments: argparse.Namespace, model_dir: Path) -> None:
         case = CASES[name]
         found = in_its_process(step_seconds, case, model_dir, arguments.num_pairs)
         ours, plain = (in_its_process(memory, case, model_dir, is_ours) for is_ours in (True, False))
+        found |= {"heap_ratio": ours / plain}
+        with patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0"):
+            ours, plain = (in_its_process(memory, case, model_dir, is_ours) for is_ours in (True, False))
         rows.append({"case": name} | found | {"tamis_mb": ours, "sft_mb": plain, "memory_ratio": ours / plain})
         finish(arguments, rows, {})
 
