@@ -66,7 +66,7 @@ def draw_shared(axes: Axes, rows: list[dict[str, Any]]) -> None:
     numbers = sorted({row["num_ranks"] for row in rows})
     axes.plot(numbers, [1 / number for number in numbers], color="0.5", linestyle=":", label="shared evenly")
     axes.set(ylabel="a rank's seconds / those of one rank", title="the same rows on more ranks")
-    axes.set_ylim(0)
+    axes.set_ylim(0, 2.6)  # room for the legend
     over_ranks(axes)
 
 

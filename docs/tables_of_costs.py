@@ -72,11 +72,37 @@ def speed_table(results: Results) -> str:
             f"{1000 * row['tamis_s']:.0f}",
             f"{1000 * row['sft_s']:.0f}",
             f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
-            f"{row['memory_ratio']:.2f} ({row['heap_ratio']:.2f})",
+            f"{'-' if row['memory_ratio'] is None else format(row['memory_ratio'], '.2f')} ({row['heap_ratio']:.2f})",
         ]
         for row in results["rows"]
     ]
     return as_table("case | ms a step | beside it | ratio | memory, ratio (with glibc's heap)", lines)
+
+
+def ranks_table(results: Results) -> str:
+    """One line per engine and number of ranks of `benchmarks/ranks.py`."""
+    lines = [
+        [
+            str(row["num_ranks"]),
+            row["engine"],
+            f"{row['step_ms']:.0f}",
+            f"{row['sft_ms']:.0f}",
+            f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+            f"{row['scout_s']:.1f}",
+            f"{row['refresh_s']:.1f}",
+        ]
+        for row in results["rows"]
+    ]
+    return as_table("ranks | engine | ms a step | `SFTTrainer` | ratio | scouting, s | a refresh, s", lines)
+
+
+def long_run_table(results: Results) -> str:
+    """One line per tenth of `benchmarks/long_run.py`."""
+    lines = [
+        [f"{row['step']:,}", f"{row['memory_mb']:.0f}", str(row["num_files"]), f"{row['step_ms']:.1f}"]
+        for row in results["rows"]
+    ]
+    return as_table("step | memory, MB | open files | ms a step", lines)
 
 
 def rival_cost_table(results: Results) -> str:
@@ -149,6 +175,8 @@ COSTS: dict[str, Callable[[Results], str]] = {
     "newcomer": newcomer_table,
     "selector_scale": selector_scale_table,
     "speed": speed_table,
+    "ranks": ranks_table,
+    "long_run": long_run_table,
     "rival_cost": rival_cost_table,
     "bad_inputs": bad_inputs_list,
     "kills.killed": kills_table,
