@@ -1,6 +1,8 @@
 """Draws `docs/costs.png`: what weights cost as rows grow, and what ranks change, from `benchmarks/results/`.
 
-PYTHONPATH=benchmarks python benchmarks/costs_picture.py
+    python benchmarks/costs_picture.py
+
+The results are those of `selector_scale.py` and `ranks.py`.
 """
 
 import json

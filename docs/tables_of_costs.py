@@ -71,12 +71,17 @@ def speed_table(results: Results) -> str:
             row["case"],
             f"{1000 * row['tamis_s']:.0f}",
             f"{1000 * row['sft_s']:.0f}",
-            f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
-            f"{'-' if row['memory_ratio'] is None else format(row['memory_ratio'], '.2f')} ({row['heap_ratio']:.2f})",
+            _ratio(row),
+            f"{row['memory_ratio']:.2f} ({row['heap_ratio']:.2f})",
         ]
         for row in results["rows"]
     ]
     return as_table("case | ms a step | beside it | ratio | memory, ratio (with glibc's heap)", lines)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    """The median over pairs, the smallest and the largest."""
+    return f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
 
 def ranks_table(results: Results) -> str:
@@ -87,7 +92,7 @@ def ranks_table(results: Results) -> str:
             row["engine"],
             f"{row['step_ms']:.0f}",
             f"{row['sft_ms']:.0f}",
-            f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+            _ratio(row),
             f"{row['scout_s']:.1f}",
             f"{row['refresh_s']:.1f}",
         ]

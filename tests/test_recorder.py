@@ -365,7 +365,6 @@ def test_what_was_being_removed_when_a_run_was_killed_does_not_count(tmp_path, l
         if step in (4, 6):
             state = {"global_step": step, "best_model_checkpoint": best_folder}
             (folder / "trainer_state.json").write_text(json.dumps(state))
-    (tmp_path / "checkpoints.txt").write_text("of the user")
     end_rotation(str(tmp_path / "checkpoint-6"), limit)
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{k}" for k in kept]
 
