@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -39,32 +38,14 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from tamis.files import write_atomically, writing
 from tamis.output_dir import config_path, was_cut_short, write_config
+from tamis.refinements import SCHEMA, add_refresh, drop_refreshes
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
 SCOUT_REPORT, SCOUT_SCORES = "scout.json", "scout_scores.parquet"
 LAST = ("last", "true", "True")  # what `resume_from_checkpoint` may say instead of True
-SKIPPED_ROWS = "skipped_rows.jsonl"
-_REFINEMENTS = pa.schema(
-    {
-        "example_id": pa.int64(),
-        "source": pa.string(),
-        "row": pa.int64(),
-        "step": pa.int64(),
-        "prompt": pa.string(),
-        "original": pa.string(),
-        "responses": pa.list_(pa.string()),
-        "token_ids": pa.list_(pa.list_(pa.int32())),
-        "statuses": pa.list_(pa.string()),
-        "log_probs": pa.list_(pa.float64()),
-        "response_weights": pa.list_(pa.float64()),
-        "response_p_right": pa.list_(pa.float64()),
-        "weight": pa.float64(),
-        "original_weight": pa.float64(),
-        "is_refined": pa.bool_(),
-    }
-)
+SKIPPED_ROWS, REFINEMENTS = "skipped_rows.jsonl", "refinements.parquet"
 _RECORDED_PACKAGES = ("tamis", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -120,11 +101,7 @@ class Recorder:
             step: of the checkpoint.
             num_records: of this step, when it was written. What follows is the end of a run that was to end here.
         """
-        refinements = self.output_dir / "refinements.parquet"
-        if refinements.exists():
-            table = pq.read_table(refinements)
-            table = table.filter(pc.less(table["step"], step))
-            write_atomically(refinements, lambda temporary: pq.write_table(table, temporary))
+        drop_refreshes(self.output_dir / REFINEMENTS, step)
         path = self.output_dir / "metrics.jsonl"
         if not path.exists():
             return
@@ -197,13 +174,8 @@ class Recorder:
                     "responses": texts,
                 }
             )
-        table = pa.Table.from_pylist(rows, schema=_REFINEMENTS)
-        path = self.output_dir / "refinements.parquet"
-        if path.exists():
-            # an earlier version of tamis may have written fewer columns
-            table = pa.concat_tables([pq.read_table(path), table], promote_options="default")
-        table = table.replace_schema_metadata({"tamis_format_version": str(FORMAT_VERSION)})
-        write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+        refresh = pa.Table.from_pylist(rows, schema=SCHEMA)
+        add_refresh(self.output_dir / REFINEMENTS, refresh, {"tamis_format_version": str(FORMAT_VERSION)})
 
 
 def _as_json(value: Any) -> Any:
