@@ -127,7 +127,8 @@ class BilevelConfig(SFTConfig):
     rho: float | None = setting(
         None,
         "Share of the validation loss in the objective, in [0, 1]. Default: with 'scout' such that a validation row "
-        "counts as much as a training row that is surely right, else 0.5.",
+        "counts as much as a training row that is surely right, or as any row of its step if the scout is not "
+        "believed; else 0.5.",
     )
     rho_start: float | None = setting(
         None, "Share at the first step, from where it goes linearly to --rho. Constant when not set."

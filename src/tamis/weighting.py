@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tamis.bilevel import effective_sample_size, penalty_gap
-from tamis.config import DEFAULT_RHO, BilevelConfig, Resolved
+from tamis.config import BilevelConfig, Resolved
 from tamis.losses import stop_if_not_finite
 from tamis.output_dir import SCOUT_TRIALS
 from tamis.recorder import SCOUT_REPORT, SCOUT_SCORES, Recorder
@@ -220,10 +220,15 @@ class RowWeighting:
             scout.save(Path(str(self.args.output_dir)) / SCOUT_FILE)
 
     def rho(self) -> float:
-        """Share of the validation loss where none is given: a validation row counts as a surely right training row."""
+        """Share of the validation loss where none is given: a validation row counts as a surely right training row.
+
+        Where the scout is not believed it counts as any other row of its step. A larger share on so few rows is noise:
+        with half of the objective on one row of 17 the run was worse than plain SFT (LOG.md, 2026-11-27).
+        """
         num_useful = self.row_weights.num_useful() if isinstance(self.row_weights, ScoutWeights) else None
         if num_useful is None or self.validation_dataset is None:
-            return DEFAULT_RHO
+            num_rows, args = self.resolved.validation_rows_per_step, self.args
+            return num_rows / (num_rows + args.per_device_train_batch_size * args.micro_batches_per_step)
         return len(self.validation_dataset) / (len(self.validation_dataset) + num_useful)
 
     def visits(self) -> Tensor | None:
