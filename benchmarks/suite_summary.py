@@ -149,7 +149,7 @@ def draw_suite(rows: Rows, path: Path) -> None:
         values = [(place, np.nanmean(cell.closures(name))) for place, cell in zip(places, cells, strict=True)
                   if name in cell.accuracy]  # fmt: skip
         y, x = np.array(values).T
-        axes.scatter(x.clip(lowest), y, s=26, marker="oDs^vPX"[i % 7], color=plt.get_cmap("tab10")(i), alpha=0.75,
+        axes.scatter(x.clip(lowest), y, s=26, marker="oDs^vPX"[i % 7], color=f"C{i % 10}", alpha=0.75,
                      label=name, linewidths=0)  # fmt: skip
     closures = [cell.closures("tamis") for cell in cells]
     means = np.array([values.mean() for values in closures])
