@@ -1,5 +1,7 @@
 """`refinements.parquet`, written refresh by refresh."""
 
+import weakref
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -55,3 +57,18 @@ def test_a_refresh_without_rows_leaves_a_readable_file(tmp_path):
     assert pq.read_table(path).num_rows == 0
     drop_refreshes(tmp_path / "absent.parquet", 0)
     assert not (tmp_path / "absent.parquet").exists()
+
+
+def test_one_earlier_refresh_is_in_memory_at_a_time(path, monkeypatch):
+    alive, most = [], []
+
+    class Watched(pq.ParquetFile):
+        def read_row_group(self, *args, **kwargs):
+            table = super().read_row_group(*args, **kwargs)
+            alive.append(weakref.ref(table))
+            most.append(sum(ref() is not None for ref in alive))
+            return table
+
+    monkeypatch.setattr(pq, "ParquetFile", Watched)
+    add_refresh(path, refresh(12), {})
+    assert len(most) == 3 and max(most) <= 2  # the one being read, and the one just written

@@ -5,6 +5,7 @@ however many there are, one is in memory.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,7 +43,7 @@ def add_refresh(path: Path, refresh: pa.Table, metadata: dict[str, str]) -> None
         metadata: of the file.
     """
     schema = SCHEMA.with_metadata(metadata)
-    write_atomically(path, lambda temporary: _write(temporary, schema, (*_refreshes(path), refresh)))
+    write_atomically(path, lambda temporary: _write(temporary, schema, chain(_refreshes(path), [refresh])))
 
 
 def drop_refreshes(path: Path, first_step: int) -> None:
