@@ -66,7 +66,7 @@ def identify(args: BilevelConfig, resolved: Resolved, fingerprints: dict[str, st
     meaning |= {name: getattr(resolved, name) for name in _RESOLVED}
     meaning |= {
         "selector": selector,
-        "training rows a step": args.per_device_train_batch_size * args.micro_batches_per_step,
+        "training rows a step": args.training_rows_per_step,
         "validation rows a step": resolved.validation_rows_per_step,
     }
     meaning |= {role: fingerprints.get(role) for role in ("train_dataset", "validation_dataset")}

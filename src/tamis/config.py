@@ -283,13 +283,18 @@ class BilevelConfig(SFTConfig):
         """Micro-batches of an optimizer step, over all ranks."""
         return int(self.gradient_accumulation_steps * self.world_size)
 
+    @property
+    def training_rows_per_step(self) -> int:
+        """Training rows of an optimizer step, over all micro-batches and ranks."""
+        return self.per_device_train_batch_size * self.micro_batches_per_step
+
     def _validation_rows_per_step(self, scouts: bool, num_training: int, num_validation: int) -> tuple[int, str]:
         """How many there are by default, and why.
 
         At the scout's rho a validation row counts as much as a right training row. So it needs no more visits than one:
         as many validation rows as training rows would double the work of a step (LOG.md, 2026-11-26).
         """
-        size = self.per_device_train_batch_size * self.micro_batches_per_step
+        size = self.training_rows_per_step
         if not scouts or self.rho is not None:
             return size, "as many as training rows"
         return validation_rows_beside(size, num_training, num_validation), "their share of the data, at least one"

@@ -38,14 +38,14 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from tamis.files import write_atomically, writing
 from tamis.output_dir import config_path, was_cut_short, write_config
-from tamis.refinements import SCHEMA, add_refresh, drop_refreshes
+from tamis.refinements import REFINEMENTS, SCHEMA, add_refresh, drop_refreshes
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
 SCOUT_REPORT, SCOUT_SCORES = "scout.json", "scout_scores.parquet"
 LAST = ("last", "true", "True")  # what `resume_from_checkpoint` may say instead of True
-SKIPPED_ROWS, REFINEMENTS = "skipped_rows.jsonl", "refinements.parquet"
+SKIPPED_ROWS = "skipped_rows.jsonl"
 _RECORDED_PACKAGES = ("tamis", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 

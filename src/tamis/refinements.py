@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from tamis.files import write_atomically
 
+REFINEMENTS = "refinements.parquet"
 SCHEMA = pa.schema(
     {
         "example_id": pa.int64(),
@@ -41,13 +42,20 @@ def add_refresh(path: Path, refresh: pa.Table, metadata: dict[str, str]) -> None
     Args:
         refresh: with `SCHEMA`.
         metadata: of the file.
+
+    Raises:
+        WriteError: the file stays as it was.
     """
     schema = SCHEMA.with_metadata(metadata)
     write_atomically(path, lambda temporary: _write(temporary, schema, chain(_refreshes(path), [refresh])))
 
 
 def drop_refreshes(path: Path, first_step: int) -> None:
-    """Drop what was refined at ``first_step`` and after it; a file that is not there stays so."""
+    """Drop what was refined at ``first_step`` and after it; a file that is not there stays so.
+
+    Raises:
+        WriteError: the file stays as it was.
+    """
     if not path.exists():
         return
     schema = pq.read_schema(path)
@@ -68,4 +76,4 @@ def _write(path: Path, schema: pa.Schema, refreshes: Iterable[pa.Table]) -> None
             if refresh.num_rows:
                 # an earlier version of tamis may have written fewer columns
                 table = pa.concat_tables([schema.empty_table(), refresh], promote_options="default")
-                writer.write_table(table.select(schema.names).cast(schema))
+                writer.write_table(table.select(schema.names))

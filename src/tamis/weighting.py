@@ -227,8 +227,8 @@ class RowWeighting:
         """
         num_useful = self.row_weights.num_useful() if isinstance(self.row_weights, ScoutWeights) else None
         if num_useful is None or self.validation_dataset is None:
-            num_rows, args = self.resolved.validation_rows_per_step, self.args
-            return num_rows / (num_rows + args.per_device_train_batch_size * args.micro_batches_per_step)
+            num_rows = self.resolved.validation_rows_per_step
+            return num_rows / (num_rows + self.args.training_rows_per_step)
         return len(self.validation_dataset) / (len(self.validation_dataset) + num_useful)
 
     def visits(self) -> Tensor | None:

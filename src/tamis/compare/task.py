@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from tamis.refinements import REFINEMENTS
+
 
 @dataclass(frozen=True)
 class Task:
@@ -73,7 +75,7 @@ def right_responses(output_dir: Path, method_name: str, task: Task) -> list[dict
     ``share`` counts all responses alike, ``weighted_share`` each as much as it is trained on. ``length`` is the mean
     length of a response in letters, ``length_of_top`` that of the tenth of the rows with the highest weights.
     """
-    path = run_dir(output_dir, method_name) / "refinements.parquet"
+    path = run_dir(output_dir, method_name) / REFINEMENTS
     if not path.is_file():
         return []  # its scout was not believed, so no row was refined
     table = pq.read_table(path).to_pylist()

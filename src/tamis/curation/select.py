@@ -30,12 +30,12 @@ from tamis.curation.upload import check_upload, upload
 from tamis.curation.weighed import Source, find_sources, read_weights, weights_path
 from tamis.files import WriteError, writing
 from tamis.output_dir import claimed
+from tamis.refinements import REFINEMENTS
 from tamis.summary import rows_kept
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-REFINEMENTS = "refinements.parquet"
 FORMAT_VERSION = 2
 _REREADING = ("train_dataset", "prompt_column", "response_column", "weight_column", "train_split", "skip_bad_rows")
 

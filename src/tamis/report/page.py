@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from tamis.curation.refined import last_refinements
 from tamis.files import write_atomically
+from tamis.refinements import REFINEMENTS
 from tamis.report import charts
 from tamis.report.rows import RowTexts, grouped, hashes_of, read_texts, shown_rows, validation_texts
 from tamis.report.run_folder import RunFolder, Values, read_run
@@ -199,7 +200,7 @@ def _pictures(run: RunFolder, texts: RowTexts) -> list[tuple[str, str, Markup]]:
 def _refined(run: RunFolder, texts: RowTexts) -> list[dict[str, Any]]:
     """Rows that were given new responses, with old and new ones; the first of them."""
     rows = list[dict[str, Any]]()
-    path = run.path / "refinements.parquet"
+    path = run.path / REFINEMENTS
     for place, record in (last_refinements(path) if path.is_file() else {}).items():
         if place not in texts.content or not record["is_refined"] or len(rows) == _NUM_REFINED:
             continue

@@ -4,7 +4,7 @@ import pytest
 from conftest import PLAIN
 
 from tamis import BilevelConfig
-from tamis.compare.own.budget import rows_per_step, with_trusted_rows
+from tamis.compare.own.budget import with_trusted_rows
 
 
 def rows_of(settings: dict, num_training: int, num_validation: int) -> tuple[int, int]:
@@ -12,7 +12,7 @@ def rows_of(settings: dict, num_training: int, num_validation: int) -> tuple[int
     plain = BilevelConfig(**PLAIN | settings)
     args = BilevelConfig(**PLAIN | settings | with_trusted_rows(plain, num_training, num_validation))
     resolved = args.resolve(num_training=num_training, num_validation=num_validation)
-    return rows_per_step(plain), rows_per_step(args) + resolved.validation_rows_per_step
+    return plain.training_rows_per_step, args.training_rows_per_step + resolved.validation_rows_per_step
 
 
 @pytest.mark.parametrize("num_validation", [16, 200, 1000])

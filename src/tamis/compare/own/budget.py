@@ -55,7 +55,7 @@ class Shape:
     def tokens_per_step(self, rows: Rows, args: BilevelConfig, sees_validation: bool) -> float:
         """On average, if rows are drawn alike."""
         lengths = [self.length_N[rows.ids_K], *([self.length_V] if rows.with_trusted else [])]
-        tokens = rows_per_step(args) * _mean(np.concatenate(lengths))
+        tokens = args.training_rows_per_step * _mean(np.concatenate(lengths))
         if sees_validation and args.trains_on_validation:
             resolved = args.resolve(num_training=len(rows.ids_K), num_validation=len(self.length_V))
             tokens += resolved.validation_rows_per_step * _mean(self.length_V)
@@ -78,7 +78,7 @@ def find_budget(trainer: BilevelTrainer, max_tokens: int | None, max_minutes: fl
     if max_tokens is not None:
         return Budget(max_tokens, "as given")
     args, length = trainer.args, lengths_of(trainer, "train_dataset")
-    per_step = rows_per_step(args) * _mean(length)
+    per_step = args.training_rows_per_step * _mean(length)
     if max_minutes is not None:
         seconds = seconds_per_step(trainer, num_steps=trainer.num_steps())
         reason = f"{max_minutes:g} minutes, at {seconds:.2g} s for a step of plain SFT"
@@ -109,18 +109,14 @@ def with_trusted_rows(args: BilevelConfig, num_training: int, num_validation: in
         return {}
     if args.rho is None:  # as many trusted rows as go with the training rows of a step
         name, largest = (_SIZE, size) if size > 1 else (_ACCUMULATION, accumulation)
+        wanted = args.training_rows_per_step
 
         def surplus(candidate: int) -> int:
-            num_rows = candidate * rows_per_step(args) // largest
-            return abs(num_rows + validation_rows_beside(num_rows, num_training, num_validation) - rows_per_step(args))
+            num_rows = candidate * wanted // largest
+            return abs(num_rows + validation_rows_beside(num_rows, num_training, num_validation) - wanted)
 
         return {name: min(range(1, largest + 1), key=surplus)}
     if size == 1:
         return {_ACCUMULATION: accumulation // 2} if accumulation % 2 == 0 else {}
     num_trusted = min(max(round(size * args.rho), 1), size - 1)
     return {_SIZE: size - num_trusted, "per_device_validation_batch_size": num_trusted}
-
-
-def rows_per_step(args: BilevelConfig) -> int:
-    """Training rows of an optimizer step over all ranks."""
-    return int(args.per_device_train_batch_size * args.micro_batches_per_step)
