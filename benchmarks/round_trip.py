@@ -1,18 +1,21 @@
-"""Clean rows taken elsewhere: score, select and plain SFT, beside tamis in the loop; and a small model that scores.
+"""Score, select and plain SFT, beside tamis in the loop; and a small model that scores for a large one.
 
     python benchmarks/round_trip.py --output_dir runs/round_trip [--seeds 0 1 2] [--scenarios demo sigmorphon] [--quick]
 
-Two tasks: the demo's world, and German inflection (`benchmarks/sigmorphon.py`). `score, select` is `tamis score` by the
-base model, `tamis select` with its defaults, and then plain SFT (selector `none`, rho 0) on the kept rows and the
-validation rows in one file. `scored by a quarter` is the same with a base model of about a quarter of the parameters,
-half as wide, that was pretrained on the same rows, for as many steps or (`trained longer`, the demo alone) for four
-times as many.
-`auroc` and `share_right` are those of the scoring. All runs make the same number of steps. `gap_closure` is on exact
-match, as in all benchmarks.
+Two tasks: the demo's world, and German inflection (`benchmarks/sigmorphon.py`). Rows are scored (`tamis score`) by the
+base model or by a small one: half as wide, about a quarter of the parameters, pretrained on the same rows for as many
+steps or (`trained longer`, the demo alone) for four times as many. The scores are used in one of two ways:
+
+- `select`: `tamis select` with its defaults, and then plain SFT (selector `none`, rho 0) on the kept rows and the
+  validation rows in one file.
+- `weights`: `tamis train --scores`. By the base model's own scores that is `tamis`.
+
+`selection_auroc` and `share_right` are those of the scoring. All runs make the same number of steps. `gap_closure` is
+on exact match, as in all benchmarks.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +38,11 @@ from tamis.metrics import auroc
 from tamis.run import DataArguments, score
 
 WIDTH = 96
-# By the name of the way: suffix of the folder, width of the model, and how often as many steps it was pretrained.
+# By name: suffix of the folder, width of the model, and how often as many steps it was pretrained.
 SCORERS = {
-    "score, select": ("", WIDTH, 1),
-    "scored by a quarter": ("_small", WIDTH // 2, 1),
-    "scored by a quarter, trained longer": ("_small_long", WIDTH // 2, 4),
+    "score": ("", WIDTH, 1),
+    "small scorer": ("_small", WIDTH // 2, 1),
+    "small scorer, trained longer": ("_small_long", WIDTH // 2, 4),
 }
 ALL, WITHOUT_THE_LONGEST = tuple(SCORERS), tuple(SCORERS)[:-1]
 OF_TRAINING = ("max_steps", "eval_strategy", "eval_steps", "save_strategy")
@@ -79,8 +82,10 @@ def setups(is_quick: bool) -> dict[str, Setup]:
     }
 
 
-def select_and_train(name: str, scorer: Task, task: Task, folder: Path, common: dict[str, Any]) -> dict[str, Any]:
-    """Score the rows by the model of one task, and train that of another on the rows that are kept."""
+def score_and_train(
+    name: str, scorer: Task, task: Task, folder: Path, common: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Score the rows by the model of one task, and train that of another on the kept rows, and by the weights."""
     scores, clean = folder / "scores" / scorer.model_dir.parent.name, folder / "clean" / scorer.model_dir.parent.name
     if not (scores / "weights.parquet").is_file():
         data = DataArguments([str(scorer.train_file)], validation_dataset=str(scorer.validation_file))
@@ -91,17 +96,31 @@ def select_and_train(name: str, scorer: Task, task: Task, folder: Path, common: 
     rows = (clean / task.train_file.name).read_text("utf-8") + task.validation_file.read_text("utf-8")
     file = clean / "with_validation.jsonl"
     file.write_text(rows, "utf-8")
-    row = run_method(Method(name, file, STATIC | {"rho": 0.0}), task, folder, common)
+    ways = [Method(f"{name}, select", file, STATIC | {"rho": 0.0})]
+    if scorer is not task:
+        ways.append(Method(f"{name}, weights", task.train_file, {"scores": str(scores)}))
     p_right = pq.read_table(scores / "weights.parquet", columns=["p_right"])["p_right"].to_numpy()
     found = json.loads((scores / "scout.json").read_text("utf-8"))
-    row["selection_auroc"] = auroc(np.nan_to_num(p_right, nan=0.5), is_right(task))
-    return row | {"share_right": found["share_right"], "is_believed": found["is_believed"]}
+    of_scoring = {name: found[name] for name in ("share_right", "is_believed")}
+    of_scoring["selection_auroc"] = auroc(np.nan_to_num(p_right, nan=0.5), is_right(task))
+    for way in ways:
+        yield run_method(way, task, folder, common) | of_scoring
+
+
+def aggregate(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """One value per seed of tamis and of all ways."""
+    values = dict[str, list[float | None]]()
+    for row in rows:
+        if row["method"] == "tamis" or row["method"].startswith(tuple(SCORERS)):
+            for figure in ("test_accuracy", "gap_closure"):
+                values.setdefault(f"{figure} {row['scenario']}: {row['method']}", []).append(row[figure])
+    return values
 
 
 def main() -> None:
     parser = make_parser(__doc__, scenarios=("demo", "sigmorphon"))
     arguments = parser.parse_args()
-    all_rows, aggregates = [], dict[str, list[float | None]]()
+    all_rows: list[dict[str, Any]] = []
     for scenario in arguments.scenarios:
         setup = setups(arguments.quick)[scenario]
         if scenario == "sigmorphon":
@@ -117,16 +136,13 @@ def main() -> None:
             task = tasks[""]
             common = setup.settings | {"seed": seed} | ({"max_steps": 20} if arguments.quick else {})
             rows = compare_methods(task, folder, common, setup.rhos, seal_rates=())  # without SEAL
+            oracle = rows.pop()
             for name in setup.scorers:
-                rows.insert(-1, select_and_train(name, tasks[SCORERS[name][0]], task, folder, common))
+                rows += score_and_train(name, tasks[SCORERS[name][0]], task, folder, common)
+            rows.append(oracle)
             add_gap_closures(rows)
             all_rows += [{"scenario": scenario, "seed": seed} | row for row in rows]
-            for row in rows:
-                if row["method"] == "tamis" or row["method"] in SCORERS:
-                    for figure in ("test_accuracy", "gap_closure"):
-                        key = f"{figure} {scenario}: {row['method']}"
-                        aggregates.setdefault(key, []).append(row[figure])
-            finish(arguments, all_rows, aggregates)  # after each: a run that is stopped has a table
+            finish(arguments, all_rows, aggregate(all_rows))  # after each: a run that is stopped has a table
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ DEFAULTS = {
     "reference": "base",
     "scout_learning_rate": None,
     "scout_epochs": None,
+    "scores": None,
     "reference_learning_rate": None,
     "rho": None,
     "rho_start": None,

@@ -121,6 +121,9 @@ OPTIONS = [
     ("--refine_fraction some", "refine_fraction must be a number or 'auto', got 'some'"),
     ("--refine_fraction auto --num_generations 0", "num_generations must be positive, got 0"),
     ("--refine_fraction auto --max_new_tokens -1", "max_new_tokens must be positive, got -1"),
+    ("--scores none", "none: no such file. Give a run directory, or its weights.parquet, to --scores"),
+    ("--scores train.jsonl", "train.jsonl: cannot be read as Parquet"),
+    ("--scores none --refine_fraction auto", "leave out --scores or --refine_fraction"),
     ("--rho_start 0.5", "rho_start goes to a rho that the scout chooses: set --rho too"),
     # what does not go together, or does not exist
     ("--packing", "packing joins rows"),

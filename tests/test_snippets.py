@@ -21,7 +21,7 @@ from tamis.cli import main
 from tamis.data import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMED, SHELL = "Qwen/Qwen3-0.6B", ("python3.11 -m venv", "pip install", "make ", "tamis --version")
+NAMED, SHELL = re.compile(r"Qwen/Qwen3-[\w.]+"), ("python3.11 -m venv", "pip install", "make ", "tamis --version")
 ON_A_CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 CHEAP = {
     "train": {"max_steps": 2, "scout_epochs": 1},
@@ -46,7 +46,7 @@ def run(words: list[str]) -> None:
     assert words[0] == "tamis", words
     cheap = CHEAP[words[1]] | ON_A_CPU if words[1] in CHEAP else {}  # later options win
     extra = shlex.split(" ".join(f"--{name} {value}" for name, value in cheap.items()))
-    assert main([*(word.replace(NAMED, "model") for word in words[1:]), *extra]) == 0, words
+    assert main([*(NAMED.sub("model", word) for word in words[1:]), *extra]) == 0, words
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def run_python(text: str, monkeypatch) -> dict:
     monkeypatch.setattr(tamis, "BilevelConfig", cheap)
     names = {"pandas": pandas, "Tensor": Tensor}
     names |= {name: load_rows(f"{name}.jsonl", role="train_dataset") for name in ("train", "validation")}
-    exec(text.replace(NAMED, "model"), names)
+    exec(NAMED.sub("model", text), names)
     return names
 
 

@@ -181,6 +181,7 @@ def test_what_a_sharded_model_cannot_do_is_refused(tmp_path, monkeypatch, by_lau
     for engine, version in (("fsdp", "2"), ("fsdp", "1"), ("deepspeed", "2")):
         check_sharded(engine, version, selector="none")
         check_sharded(engine, version, reference="zero", selector="mirror")
+        check_sharded(engine, version, scores="scores")
         for reference in ("base", "tracked"):
             with pytest.raises(ValueError, match="the references 'base' and 'tracked' cannot be had"):
                 check_sharded(engine, version, selector="mirror", reference=reference)

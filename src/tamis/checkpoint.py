@@ -26,7 +26,7 @@ _LOG = "log."
 # Settings of ours that a resumed run may change: they do not enter what has been learned.
 _CHANGEABLE = (
     "refine_on_error", "generation_batch_size", "generator", "vllm_mode", "vllm_server_base_url",
-    "vllm_gpu_memory_utilization", "overwrite_output_dir",
+    "vllm_gpu_memory_utilization", "overwrite_output_dir", "scores",
 )  # fmt: skip
 # Settings of TRL that say which tokens a row has, or which rows a step has.
 _OF_ROWS = (
@@ -69,7 +69,7 @@ def identify(args: BilevelConfig, resolved: Resolved, fingerprints: dict[str, st
         "training rows a step": args.training_rows_per_step,
         "validation rows a step": resolved.validation_rows_per_step,
     }
-    meaning |= {role: fingerprints.get(role) for role in ("train_dataset", "validation_dataset")}
+    meaning |= {role: fingerprints.get(role) for role in ("train_dataset", "validation_dataset", "scores")}
     batch = ("per_device_train_batch_size", "per_device_validation_batch_size", "gradient_accumulation_steps")
     left = {n: v for n, v in args.given_settings.items() if n not in (*meaning, *batch, "output_dir")}
     others = {role: value for role, value in fingerprints.items() if role not in meaning}
@@ -134,6 +134,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             continue
         if name.startswith(("train_dataset", "validation_dataset", "eval_dataset")):
             changes.append(f"{name}: other rows, or the same in another order")
+        elif name == "scores":
+            changes.append("scores: other probabilities, or none")
         else:
             changes.append(f"{name}: {before.get(name, 'default')} -> {now.get(name, 'default')}")
     return changes

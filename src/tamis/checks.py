@@ -73,7 +73,8 @@ def check_settings(
     refuse_options(args)
     name = f"'{args.selector}'" if selector is None else type(selector).__name__
     is_static = args.selector in ("column", "none") if selector is None else not selector.uses_excess
-    if not is_static and not has_validation:
+    needs_validation = args.sends_scout(selector) if args.scouts(selector) else not is_static
+    if needs_validation and not has_validation:
         raise ValueError(
             f"selector {name} needs validation rows: give `validation_dataset`, or choose "
             "`selector='column'` (weights from a column) or `selector='none'` (every row counts the same)"
@@ -85,6 +86,11 @@ def check_settings(
         )
     if args.rho is None and args.rho_start is not None and args.scouts(selector):
         raise ValueError("rho_start goes to a rho that the scout chooses: set `rho` too")
+    if args.refines and args.scouts(selector) and not args.sends_scout(selector):
+        raise ValueError(
+            "new responses are judged by the scout that has judged the rows, and `scores` has none: leave out `scores` "
+            "or `refine_fraction`"
+        )
     if args.refine_fraction == "auto" and not args.scouts(selector):
         raise ValueError(
             f"refine_fraction 'auto' is the share of rows that a scout thinks wrong, and selector {name} sends "
@@ -154,7 +160,7 @@ def _refuse_pairs(args: BilevelConfig, is_static: bool, selector: SelectorTraits
             "a model sharded by FSDP or DeepSpeed has no second copy, and all ranks run each forward together: the "
             "references 'base' and 'tracked' cannot be had. Set `reference='zero'`, or choose `selector='scout'`"
         )
-    if args.scouts(selector) or args.refines:
+    if args.sends_scout(selector) or args.refines:
         refuse_engine(args)
     if is_sharded(args) and args.refines and args.generator == "vllm":
         raise ValueError("generator 'vllm' is not supported with a sharded model: leave `generator` out")
@@ -187,7 +193,8 @@ def _inactive(
     add(name == "instance", f"the trainer was given a selector, {selector_name}", "selector")
     add(is_static or args.scouts(selector), not_read, "reference", "reference_learning_rate")
     add(args.reference != "tracked", f"reference '{args.reference}' is not trained", "reference_learning_rate")
-    add(not args.scouts(selector), not_read, "scout_learning_rate", "scout_epochs")
+    add(not args.scouts(selector), not_read, "scout_learning_rate", "scout_epochs", "scores")
+    add(args.scores is not None, "scores are given, and no scout is sent", "scout_learning_rate", "scout_epochs")
     add(args.rho_start is None, "rho_start is not set", "rho_decay_ratio")
     unused = f"selector {selector_name} with rho {args.rho} uses no validation rows"
     add(not args.uses_validation(selector), unused, "validation_dataset")

@@ -119,6 +119,11 @@ class BilevelConfig(SFTConfig):
         "Passes of the scout over the validation rows. Default: as many as make 2000 rows, at most 40, or half "
         "or a quarter of that, whichever is best.",
     )
+    scores: str | None = setting(
+        None,
+        "Folder of a `tamis score` or an earlier run on the same rows, with this or another model: its probabilities "
+        "are taken over, and no scout is sent.",
+    )
     reference_learning_rate: float | None = setting(
         None, "Constant learning rate of the reference 'tracked'. When not set it follows the model's schedule."
     )
@@ -248,7 +253,7 @@ class BilevelConfig(SFTConfig):
                 DEFAULT_SELECTOR_LEARNING_RATE.get(self.selector),
                 f"default of selector '{self.selector}'",
             )
-        if scouts:
+        if self.sends_scout(selector):
             given = None if self.scout_learning_rate is None else (self.scout_learning_rate,)
             rates = tuple(float(f"{ratio * self.learning_rate:.6g}") for ratio in SCOUT_LEARNING_RATE_RATIOS)
             reason = f"{', '.join(map(str, SCOUT_LEARNING_RATE_RATIOS))} times learning_rate: unseen rows choose"
@@ -310,12 +315,16 @@ class BilevelConfig(SFTConfig):
         return self.rho is None or max(self.rho, self.rho_start or 0.0) > 0
 
     def scouts(self, selector: SelectorTraits | None = None) -> bool:
-        """Whether a scout scores the rows before training."""
+        """Whether rows are weighed by what a scout finds before training, in this run or in an earlier one."""
         return selector is None and self.selector == "scout"
+
+    def sends_scout(self, selector: SelectorTraits | None = None) -> bool:
+        """Whether a scout scores the rows in this run."""
+        return self.scouts(selector) and self.scores is None
 
     def uses_validation(self, selector: SelectorTraits | None = None) -> bool:
         """Whether validation rows take any part in the run: in its steps or in scouting."""
-        return self.trains_on_validation or self.scouts(selector)
+        return self.trains_on_validation or self.sends_scout(selector)
 
 
 def validation_rows_beside(num_rows: int, num_training: int, num_validation: int) -> int:

@@ -263,6 +263,8 @@ def score(
     """
     if not args.scouts():
         raise ValueError(f"selector '{args.selector}' learns its weights while it trains: choose `selector='scout'`")
+    if args.scores is not None:
+        raise ValueError("the rows are scored here, and `scores` takes them over from a scoring: leave it out")
     given = [*given_fields(data), *args.given_settings]
     given += ["resume_from_checkpoint"] if args.resume_from_checkpoint else []
     warn_without_effect(given, {"nothing is trained": [*_OF_TRAINING, *REFINING_FIELDS]})

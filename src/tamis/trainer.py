@@ -27,6 +27,7 @@ from tamis.bilevel import rho_at, row_coefficients
 from tamis.boundaries import one_warning, tokenized_apart
 from tamis.checks import check_settings, settle_arguments
 from tamis.config import BilevelConfig
+from tamis.earlier_scores import read_scores
 from tamis.evaluation import RowEvaluation
 from tamis.files import writing
 from tamis.forms import has_customary_columns, is_in_tokens
@@ -139,6 +140,10 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer, JoinedRows):
         datasets = {role: attach_example_ids(_without_ids(dataset)) for role, dataset in self.prompts.datasets.items()}
         self._train_rows, self._validation_rows = datasets["train_dataset"], datasets.get("validation_dataset")
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
+        self._earlier_scores = None
+        if args.scores is not None and args.scouts(selector):
+            self._earlier_scores = read_scores(args.scores, self._row_table)
+            self._fingerprints["scores"] = self._earlier_scores.fingerprint
         kwargs["processing_class"] = self.prompts.processing_class
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: datasets[f"eval_dataset[{name!r}]"] for name in eval_dataset}
@@ -184,6 +189,7 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer, JoinedRows):
             train_dataset=self.train_dataset,
             validation_dataset=self.validation_dataset,
             batches=self.batches,
+            earlier_scores=self._earlier_scores,
             recorder=self.recorder,
         )
         self.weighting.plan(self.num_steps())

@@ -168,9 +168,8 @@ def refuse_engine(args: SFTConfig) -> None:
     if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "DeepSpeed keeps gradients and optimizer to itself, and a scout descends by an optimizer of its own: shard "
-            "the model by FSDP2 (recipes/accelerate/fsdp2.yaml), or weigh the rows first, by `tamis score` and "
-            "`tamis select` with `add_columns=True`, and choose `selector='column'`, `weight_column='tamis_weight'` "
-            "and `refine_fraction=0`"
+            "the model by FSDP2 (recipes/accelerate/fsdp2.yaml), or score the rows first, by `tamis score` without "
+            "DeepSpeed, and give its folder to `scores`, with `refine_fraction=0`"
         )
     if not is_sharded(args):
         return

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tamis.bilevel import effective_sample_size, penalty_gap
 from tamis.config import BilevelConfig, Resolved
+from tamis.earlier_scores import EarlierScores
 from tamis.losses import stop_if_not_finite
 from tamis.output_dir import SCOUT_TRIALS
 from tamis.recorder import SCOUT_REPORT, SCOUT_SCORES, Recorder
@@ -36,7 +37,7 @@ from tamis.rows import row_name
 from tamis.selection.make import make_row_weights
 from tamis.selection.references import ZeroReference, make_reference
 from tamis.selection.row_weights import RowWeights, ScoutWeights
-from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, make_settings, scout_lengths
+from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, settings_of_run
 from tamis.selection.selectors import Selector
 from tamis.selection.trials import MIN_VALIDATION_ROWS, Outcome, describe, send_scout
 from tamis.stream import Batches, BatchRows, MicroBatch
@@ -54,6 +55,7 @@ class RowWeighting:
         train_rows: the N training rows as they were given.
         train_dataset, validation_dataset: the prepared ones.
         batches: of the trainer: the prepared rows by id, and what makes tensors of them.
+        earlier_scores: what takes the place of scouting.
         recorder: of the main process, for generated responses; None elsewhere.
 
     Raises:
@@ -73,6 +75,7 @@ class RowWeighting:
         train_dataset: Dataset,
         validation_dataset: Dataset | None,
         batches: Batches,
+        earlier_scores: EarlierScores | None,
         recorder: Recorder | None,
     ):
         self.args, self.resolved = args, resolved
@@ -99,7 +102,7 @@ class RowWeighting:
                 reduce_gradient=self._sum_over_ranks,
                 max_grad_norm=args.max_grad_norm,
             )
-        self.scout = self._make_scout()
+        self.earlier_scores, self.scout = earlier_scores, None if earlier_scores else self._make_scout()
         self.refiner: Refiner | None = None
         if args.refines:
             generator = make_generator(model, accelerator, processing_class, args, resolved.generation_batch_size)
@@ -155,11 +158,13 @@ class RowWeighting:
         """
         self.plan(max_steps)
         self.remember_base()
-        if self.scout and isinstance(self.row_weights, ScoutWeights):
-            if resume is None:
+        if isinstance(self.row_weights, ScoutWeights):
+            if resume is not None:
+                self._take_over(Path(resume).parent)
+            elif self.earlier_scores is not None:
+                self._take_scores(self.earlier_scores, self.row_weights)
+            elif self.scout is not None:
                 self._send_scout(self.scout, self.row_weights, model)
-            else:
-                self._take_over(self.scout, Path(resume).parent)
         if not self.refiner:
             self.scout = None  # no more rows to score: its parameters need not be kept
 
@@ -168,10 +173,19 @@ class RowWeighting:
         if self.scout:
             self.scout.remember_base()
 
-    def _take_over(self, scout: Scout, earlier: Path) -> None:
+    def _take_scores(self, earlier: EarlierScores, row_weights: ScoutWeights) -> None:
+        """Weights by what another run has found, and its files that say how."""
+        ids_R = self.batches.training.ids
+        score_R = earlier.of(ids_R.numpy())
+        if score_R is not None:
+            row_weights.settle_scores(ids_R, torch.from_numpy(score_R))
+        if self.recorder:
+            self.recorder.take_over(earlier.path.parent, SCOUT_REPORT, SCOUT_SCORES)
+
+    def _take_over(self, earlier: Path) -> None:
         """The scout of the run that this one goes on from; it may be resumed from here too."""
-        if self.refiner and self.can_scout:
-            scout.load(earlier / SCOUT_FILE)
+        if self.refiner and self.scout and self.can_scout:
+            self.scout.load(earlier / SCOUT_FILE)
         if self.recorder:
             self.recorder.take_over(earlier, SCOUT_REPORT, SCOUT_SCORES, SCOUT_FILE)
 
@@ -183,11 +197,7 @@ class RowWeighting:
     def scout_settings(self) -> ScoutSettings:
         """How scouts descend the validation rows of this run."""
         assert self.validation_dataset is not None, "checked by the settings"
-        args, rates = self.args, self.resolved.scout_learning_rates
-        batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
-        rows_per_step = batch_size * args.micro_batches_per_step
-        num_steps = scout_lengths(len(self.validation_dataset), rows_per_step, args.scout_epochs)
-        return make_settings(args, rates, num_steps, batch_size)
+        return settings_of_run(self.args, self.resolved.scout_learning_rates, len(self.validation_dataset))
 
     def _send_scout(self, scout: Scout, row_weights: ScoutWeights, model: nn.Module) -> None:
         """Score all rows, and settle their weights: see `tamis.selection.trials`."""

@@ -243,7 +243,7 @@ def _describe(
         )
     report.data_sets = {role: report.data_sets[role] for role in reversed(order)}
     lines = advice.on_rows(datasets, report.data_sets, near)
-    if "validation_dataset" in datasets and args.scouts():
+    if "validation_dataset" in datasets and args.sends_scout():
         lines += advice.on_number(len(datasets["validation_dataset"]))
     report.warnings += map(as_flags, lines)
 

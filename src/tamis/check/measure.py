@@ -45,7 +45,7 @@ def measure(trainer: BilevelTrainer, args: BilevelConfig, num_steps: int) -> tup
     Raises:
         RuntimeError, MemoryError: there is too little memory for a step.
     """
-    scout = trainer.weighting.scout if args.scouts() and trainer.weighting.can_scout else None
+    scout = trainer.weighting.scout if args.sends_scout() and trainer.weighting.can_scout else None
     step_seconds = seconds_per_step(trainer, num_steps)
     _longest_step(trainer)
     trainer.optimizer.state.clear()  # in a run, scouting comes before there are states

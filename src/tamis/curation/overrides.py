@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tamis.curation.choice import Mask
-from tamis.curation.weighed import weight_batches
+from tamis.earlier_scores import weight_batches
 from tamis.readers import lines_of
 from tamis.rows import place_in_file
 

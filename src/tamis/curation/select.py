@@ -27,7 +27,8 @@ from tamis.curation.originals import Columns, Wanted, write_rows
 from tamis.curation.overrides import apply_overrides, read_overrides
 from tamis.curation.refined import USES, NewResponse, read_responses
 from tamis.curation.upload import check_upload, upload
-from tamis.curation.weighed import Source, find_sources, read_weights, weights_path
+from tamis.curation.weighed import Source, find_sources, read_weights
+from tamis.earlier_scores import weights_path
 from tamis.files import WriteError, writing
 from tamis.output_dir import claimed
 from tamis.refinements import REFINEMENTS
@@ -109,7 +110,7 @@ def select(arguments: SelectArguments) -> list[tuple[str, Any]]:
     """
     choice = Choice(**{f.name: getattr(arguments, f.name) for f in fields(Choice)})
     check_upload(arguments.hub_dataset_id, arguments.hub_private_repo, arguments.hub_token)
-    path = weights_path(arguments.weights)
+    path = weights_path(arguments.weights, "weights")
     weights = read_weights(path)
     chosen_N = choice.rows(weights)
     overrides = read_overrides(arguments.overrides, path) if arguments.overrides else {}

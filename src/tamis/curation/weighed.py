@@ -17,13 +17,13 @@ import yaml
 from datasets import Dataset
 
 from tamis.data import RowReader
+from tamis.earlier_scores import require_columns, weight_batches
 from tamis.hashes import hex_digits
 from tamis.output_dir import CONFIG_FILES, config_path
 from tamis.readers import kind_of
-from tamis.rows import BATCH_SIZE, check_rows, place_in_file
+from tamis.rows import check_rows, place_in_file
 from tamis.sources import Part, parts_of
 
-_WEIGHTS = "weights.parquet"
 _AT_ONCE = 100_000
 _NUMBERS = ("source", "row", "weight", "p_right", "score", "kept")
 
@@ -58,19 +58,6 @@ class Source:
         return int(self.place_R.max(initial=-1)) + 1
 
 
-def weights_path(given: str) -> Path:
-    """The `weights.parquet` of a run directory, or the file that is named itself.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(given).expanduser()
-    path = path / _WEIGHTS if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file. Give a run directory, or its {_WEIGHTS}, to `weights`")
-    return path
-
-
 def read_weights(path: Path) -> pa.Table:
     """One row per training row, see `tamis.recorder.Recorder.write_weights`; without the hashes.
 
@@ -78,9 +65,7 @@ def read_weights(path: Path) -> pa.Table:
         ValueError: it cannot be read, or has not the columns.
     """
     try:
-        names = pq.read_schema(path).names
-        if missing := [name for name in (*_NUMBERS, "content_hash") if name not in names]:
-            raise ValueError(f'{path}: no column "{missing[0]}": it was not written by this version of tamis')
+        require_columns(path, (*_NUMBERS, "content_hash"))
         batches = weight_batches(path, list(_NUMBERS), _AT_ONCE, read_dictionary=["source"])
         tables = [_narrow(pa.Table.from_batches([batch])) for batch in batches]
         empty = _narrow(pq.read_schema(path).empty_table().select(_NUMBERS))
@@ -90,18 +75,6 @@ def read_weights(path: Path) -> pa.Table:
     table = pa.concat_tables(tables or [empty], promote_options="permissive").unify_dictionaries()
     pa.default_memory_pool().release_unused()
     return table
-
-
-def weight_batches(path: Path, columns: list[str], size: int = BATCH_SIZE, **options: Any) -> Iterator[pa.RecordBatch]:
-    """Some columns of `weights.parquet`, in batches of ``size`` rows.
-
-    One thread, and nothing read ahead: that would take twice the memory on the way, and keep it.
-
-    Args:
-        options: of [`~pyarrow.parquet.ParquetFile`].
-    """
-    with pq.ParquetFile(path, pre_buffer=False, **options) as file:
-        yield from file.iter_batches(size, columns=columns, use_threads=False)
 
 
 def _narrow(table: pa.Table) -> pa.Table:

@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from tamis.curation.weighed import known_rows, rows_again, weight_batches
+from tamis.curation.weighed import known_rows, rows_again
 from tamis.data import load_rows
+from tamis.earlier_scores import weight_batches
 from tamis.readers import read_file
 from tamis.report.run_folder import RunFolder, Values
 from tamis.rows import batches, column_values, has_column, last_answer

@@ -188,7 +188,11 @@ class ScoutWeights(ScoreWeights):
 
     def settle(self, example_ids_R: Tensor, p_right_R: Tensor) -> None:
         """Take over what a scout has found for all R rows that are trained on."""
-        self.restore(example_ids_R, self.scores_of(p_right_R))
+        self.settle_scores(example_ids_R, self.scores_of(p_right_R))
+
+    def settle_scores(self, example_ids_R: Tensor, scores_R: Tensor) -> None:
+        """The same from the scores of an earlier run."""
+        self.restore(example_ids_R, scores_R)
         self.is_known = True
 
     def scores_of(self, p_right: Tensor) -> Tensor:

@@ -78,6 +78,13 @@ def scout_lengths(num_validation: int, rows_per_step: int, num_epochs: float | N
     return tuple(sorted({max(longest // part, 1) for part in (4, 2, 1)}))
 
 
+def settings_of_run(args: BilevelConfig, learning_rates: tuple[float, ...], num_validation: int) -> ScoutSettings:
+    """How the scouts of a run descend its validation rows, of which there are so many."""
+    batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
+    num_steps = scout_lengths(num_validation, batch_size * args.micro_batches_per_step, args.scout_epochs)
+    return make_settings(args, learning_rates, num_steps, batch_size)
+
+
 def make_settings(
     args: BilevelConfig, learning_rates: tuple[float, ...], num_steps: tuple[int, ...], batch_size: int
 ) -> ScoutSettings:

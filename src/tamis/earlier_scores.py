@@ -1,0 +1,143 @@
+"""Probabilities of an earlier `tamis score` or run for the same rows: what `scores` takes over in place of scouting."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tamis.hashes import fingerprint
+from tamis.rows import BATCH_SIZE, place_in_file
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "weights.parquet"
+_COLUMNS = ["content_hash", "p_right", "score"]
+
+
+def weights_path(given: str, setting: str) -> Path:
+    """The `weights.parquet` of a run directory, or the file that is named itself.
+
+    Args:
+        setting: that names it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(given).expanduser()
+    path = path / WEIGHTS if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Give a run directory, or its {WEIGHTS}, to `{setting}`")
+    return path
+
+
+def require_columns(path: Path, names: Sequence[str]) -> None:
+    """Refuse a `weights.parquet` without these columns.
+
+    Raises:
+        ValueError: with the first that is missing.
+    """
+    found = pq.read_schema(path).names
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f'{path}: no column "{missing[0]}": it was not written by this version of tamis')
+
+
+def weight_batches(path: Path, columns: list[str], size: int = BATCH_SIZE, **options: Any) -> Iterator[pa.RecordBatch]:
+    """Some columns of `weights.parquet`, in batches of ``size`` rows.
+
+    One thread, and nothing read ahead: that would take twice the memory on the way, and keep it.
+
+    Args:
+        options: of [`~pyarrow.parquet.ParquetFile`].
+    """
+    with pq.ParquetFile(path, pre_buffer=False, **options) as file:
+        yield from file.iter_batches(size, columns=columns, use_threads=False)
+
+
+@dataclass(frozen=True)
+class EarlierScores:
+    """What an earlier run knows of the rows.
+
+    Attributes:
+        path: of its `weights.parquet`.
+        score_N: log-odds that each row is right, NaN where they are not known. Probabilities would be rounded at one.
+    """
+
+    path: Path
+    score_N: NDArray[np.float32]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the scores."""
+        return fingerprint(self.score_N.view(np.uint32).astype(np.uint64))
+
+    def of(self, example_ids: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Scores of the R rows that are trained on; None, with a warning, where those of none of them are known.
+
+        A row that was left out when the others were scored, because its prompt did not fit that model, counts as
+        likely right as the others are on average; a warning says how many there are.
+        """
+        score_R = self.score_N[example_ids]
+        is_unknown_R = np.isnan(score_R)
+        if is_unknown_R.all():
+            logger.warning(
+                f"{self.path} does not say how likely rows are right: its scout was not believed, or there was none. "
+                "All weights are one. Its `scout.json` and its warnings say more"
+            )
+            return None
+        if is_unknown_R.any():
+            mean = _p_right(score_R[~is_unknown_R]).mean()
+            score_R[is_unknown_R] = np.log(mean / (1 - mean))
+            logger.warning(
+                f"{self.path} does not know {is_unknown_R.sum()} rows, whose prompts were too long there: they count "
+                "as the others do on average"
+            )
+        num_useful = np.square(_p_right(score_R)).sum()
+        logger.info(f"weights by {self.path}: {len(score_R)} rows are worth {num_useful:.0f} surely right ones")
+        return score_R
+
+
+def read_scores(given: str, rows: pa.Table) -> EarlierScores:
+    """The scores of an earlier run.
+
+    Args:
+        given: its directory or `weights.parquet`, as the setting `scores` has it.
+        rows: to be trained on, see `tamis.rows.row_table`. The same as were scored, in the same order; the names of
+            their files may differ.
+
+    Raises:
+        ValueError: they are not, or the file cannot be read.
+    """
+    path, remedy = weights_path(given, "scores"), "Give the rows that were scored, in the same order, or score these"
+    score_N, first = np.full(len(rows), np.nan, np.float32), 0
+    try:
+        require_columns(path, _COLUMNS)
+        num_scored = pq.read_metadata(path).num_rows
+        if num_scored != len(rows):
+            raise ValueError(f"{path} is about {num_scored} rows, and train_dataset has {len(rows)}. {remedy}")
+        for batch in weight_batches(path, _COLUMNS):
+            part = rows.slice(first, len(batch))
+            same = pc.equal(part["content_hash"], pa.chunked_array([batch["content_hash"].cast(pa.string())]))
+            is_other = ~same.to_numpy()
+            if is_other.any():
+                row = part.slice(int(is_other.argmax()), 1).to_pylist()[0]
+                place = f"train_dataset, row {row['row']}"
+                if row["source"] is not None:
+                    place = place_in_file(row["source"], row["row"])
+                raise ValueError(f"{place} is not what {path} has in its place. {remedy}")
+            is_known = batch["p_right"].is_valid().to_numpy(zero_copy_only=False)
+            score_N[first : first + len(batch)][is_known] = batch["score"].to_numpy(zero_copy_only=False)[is_known]
+            first += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as Parquet ({error}). Check that it is whole") from error
+    return EarlierScores(path, score_N)
+
+
+def _p_right(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    return 1 / (1 + np.exp(-scores.astype(np.float64)))
