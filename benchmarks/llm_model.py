@@ -77,8 +77,8 @@ class LoraTrainer(BilevelTrainer):
         """See `BilevelTrainer`; the adapter's settings go into `config.yaml`, which thus replays the run."""
         self.config_settings |= ADAPTER
         output = super().train(*args, **kwargs)
-        if self.weighting.outcome is not None:
-            self._keep("scout", self.weighting.outcome.loss_R)
+        if self.weighting.scouting.outcome is not None:
+            self._keep("scout", self.weighting.scouting.outcome.loss_R)
         return output
 
     def evaluation_loop(

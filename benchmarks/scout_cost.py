@@ -3,8 +3,8 @@
     python benchmarks/scout_cost.py --output_dir runs/scout_cost [--quick]
 
 The demo's world of strings. Times are those of the processor in this process on one thread, so that other work on the
-machine matters little. `cost_ratio` is scouting over training (three epochs with a trusted row beside each training
-row), `cost_ratio_plain` over plain SFT of the same rows, which sees no trusted rows.
+machine matters little. `cost_ratio` is scouting over training (three epochs, trusted rows in the proportion of the
+data), `cost_ratio_plain` over plain SFT of the same rows, which sees no trusted rows.
 """
 
 import time
@@ -14,7 +14,7 @@ import torch
 from common import finish, make_parser
 from datasets import Dataset
 
-import tamis.weighting
+import tamis.scouting
 from tamis import BilevelConfig, BilevelTrainer
 from tamis.demo.run import SETTINGS
 from tamis.demo.world import make_world
@@ -31,7 +31,7 @@ def main() -> None:
         for path in (task.train_file, task.validation_file)
     )
     settings: dict[str, Any] = {n: v for n, v in SETTINGS.items() if n != "max_steps"} | {"num_train_epochs": 3}
-    scouting, send_scout = [], tamis.weighting.send_scout
+    scouting, send_scout = [], tamis.scouting.send_scout
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         begin = time.process_time()
@@ -39,7 +39,7 @@ def main() -> None:
         scouting.append(time.process_time() - begin)
         return outcome
 
-    tamis.weighting.send_scout = timed  # type: ignore[assignment]
+    tamis.scouting.send_scout = timed  # type: ignore[assignment]
     rows = []
     for name, changes in (("tamis", {}), ("plain SFT", {"selector": "none", "rho": 0.0})):
         args = BilevelConfig(str(arguments.output_dir / name), disable_tqdm=True, **settings, **changes)

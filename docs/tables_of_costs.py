@@ -149,6 +149,17 @@ def _differing(rows: list[dict[str, Any]]) -> str:
     return str(sum(bool(row["differences"]) for row in rows))
 
 
+def scout_cost_table(results: Results) -> str:
+    """Scouting beside training, of `benchmarks/scout_cost.py`."""
+    of_tamis, of_plain = results["rows"]
+    scouting = of_tamis["scouting_cpu_seconds"]
+    lines = []
+    for name, row in (("`tamis train`", of_tamis), ("plain SFT", of_plain)):
+        training = row["training_cpu_seconds"]
+        lines.append([name, f"{scouting:.0f}", f"{training:.0f}", f"{scouting / training:.2f}"])
+    return as_table("beside | scouting, s | training, s | ratio", lines)
+
+
 def bad_inputs_list(results: Results) -> str:
     """Each input of `benchmarks/bad_inputs.py` and what it is answered, by where it stands."""
     parts = []
@@ -183,6 +194,7 @@ COSTS: dict[str, Callable[[Results], str]] = {
     "ranks": ranks_table,
     "long_run": long_run_table,
     "rival_cost": rival_cost_table,
+    "scout_cost": scout_cost_table,
     "bad_inputs": bad_inputs_list,
     "kills.killed": kills_table,
     "kills.failures": failures_table,

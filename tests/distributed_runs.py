@@ -135,8 +135,8 @@ def run(model_dir: str, folder: Path, global_batch_size: int, settings: dict) ->
         "num_updates": weighting.row_weights.num_updates_N.tolist(),
         "parameters": {n: whole(p).tolist() for n, p in trained(trainer.model).items()},
         "p_right": weighting.row_weights.p_right_N().nan_to_num(-1).tolist(),
-        "trials": weighting.outcome and [
-            [t.evidence, t.criterion, t.error, *t.rank_V] for t in weighting.outcome.trials
+        "trials": weighting.scouting.outcome and [
+            [t.evidence, t.criterion, t.error, *t.rank_V] for t in weighting.scouting.outcome.trials
         ],
         "num_refined": num_refined,
         "responses": weighting.refiner and {

@@ -36,7 +36,7 @@ def test_a_rule_of_a_stranger_works(bilevel, settings):
     if weighting.refiner:
         refined = sorted(weighting.refiner.buffer.rows)
         assert refined and scores[refined].mean() < scores.mean()
-    assert weighting.outcome is None and trainer.current_rho() == 0.5, "no scout was sent"
+    assert weighting.scouting.outcome is None and trainer.current_rho() == 0.5, "no scout was sent"
 
 
 class Broken(Selector):

@@ -175,3 +175,10 @@ def test_every_row_is_compared_across_batches(tmp_path):
     other = rows.set_column(2, "content_hash", pa.array([*hashes[:24_000], "0" * 16, *hashes[24_001:]]))
     with pytest.raises(ValueError, match="train_dataset, row 24000 is not what"):
         read_scores(str(tmp_path), other)
+
+
+def test_a_check_takes_no_scout_into_account_and_writes_nothing(options, scored, tmp_path, capsys):
+    assert main(["check", *options, "--scores", str(scored), "--output_dir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "rho = from the scores" in out and "scouting at most" not in out and "scout_learning_rates" not in out
+    assert not (tmp_path / "run").exists()

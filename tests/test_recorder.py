@@ -154,7 +154,7 @@ def test_scout_json_says_what_was_found(bilevel, tmp_path):
         [*RIGHT, *WRONG], LIKE_RIGHT, max_steps=1, scout_epochs=4, scout_learning_rate=None, learning_rate=1e-2
     )
     trainer.train()
-    found, outcome = scout_json(tmp_path / "run"), trainer.weighting.outcome
+    found, outcome = scout_json(tmp_path / "run"), trainer.weighting.scouting.outcome
     assert found["format_version"] == FORMAT_VERSION and found["is_believed"] is True
     assert found["share_right"] == pytest.approx(0.5, abs=0.15)
     low, high = found["share_right_interval_90"]

@@ -180,7 +180,7 @@ def test_a_rate_at_which_scouts_diverge_is_said(bilevel):
 def test_what_scouting_has_come_to_is_said(bilevel, caplog):
     with caplog.at_level(logging.INFO, logger="tamis"):
         bilevel(TRAIN, TRUSTED, max_steps=1).train()
-    said = [record.message for record in caplog.records if record.name == "tamis.weighting"]
+    said = [record.message for record in caplog.records if record.name == "tamis.scouting"]
     assert len(said) == 2 and said[0].startswith("scout: learning rate 0.01, 24 steps") and "are right" in said[1]
 
 
@@ -189,7 +189,7 @@ def test_scores_are_of_the_model_before_training(bilevel):
     trainer = bilevel(TRAIN, TRUSTED, max_steps=2)
     base = [plain_loss(trainer.model, row["input_ids"], row["labels"]).item() for row in trainer.train_dataset]
     trainer.train()
-    loss_R = trainer.weighting.outcome.loss_R
+    loss_R = trainer.weighting.scouting.outcome.loss_R
     assert torch.equal(trainer.weighting.row_weights.last_loss_N[8:], loss_R[8:])
     assert (loss_R[:8] - torch.tensor(base[:8]) < -1).all()
 

@@ -14,7 +14,6 @@ Shape suffixes: B rows of a micro-batch, L its training rows, N rows of the trai
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,17 +28,15 @@ from tamis.bilevel import effective_sample_size, penalty_gap
 from tamis.config import BilevelConfig, Resolved
 from tamis.earlier_scores import EarlierScores
 from tamis.losses import stop_if_not_finite
-from tamis.output_dir import SCOUT_TRIALS
-from tamis.recorder import SCOUT_REPORT, SCOUT_SCORES, Recorder
+from tamis.recorder import Recorder
 from tamis.refining.generation import GenerationError, make_generator
 from tamis.refining.refiner import Refiner, make_refiner
 from tamis.rows import row_name
+from tamis.scouting import Scouting
 from tamis.selection.make import make_row_weights
 from tamis.selection.references import ZeroReference, make_reference
 from tamis.selection.row_weights import RowWeights, ScoutWeights
-from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, settings_of_run
 from tamis.selection.selectors import Selector
-from tamis.selection.trials import MIN_VALIDATION_ROWS, Outcome, describe, send_scout
 from tamis.stream import Batches, BatchRows, MicroBatch
 
 logger = logging.getLogger(__name__)
@@ -102,32 +99,29 @@ class RowWeighting:
                 reduce_gradient=self._sum_over_ranks,
                 max_grad_norm=args.max_grad_norm,
             )
-        self.earlier_scores, self.scout = earlier_scores, None if earlier_scores else self._make_scout()
+        self.scouting = Scouting(
+            args,
+            resolved,
+            model=model,
+            row_weights=self.row_weights,
+            train_dataset=train_dataset,
+            validation_dataset=validation_dataset,
+            batches=batches,
+            earlier_scores=earlier_scores,
+            recorder=recorder,
+            row_name=self._row_name,
+        )
         self.refiner: Refiner | None = None
         if args.refines:
             generator = make_generator(model, accelerator, processing_class, args, resolved.generation_batch_size)
-            self.refiner = make_refiner(args, resolved, generator, model, batches, self.row_weights, self.scout)
-        self.outcome: Outcome | None = None  # of scouting, once there has been any
+            scout = self.scouting.scout
+            self.refiner = make_refiner(args, resolved, generator, model, batches, self.row_weights, scout)
         self._visits_N: Tensor | None = None
         self._visits_R: Tensor | None = None
         self._step = 0
         self._window: list[tuple[Tensor, ...]] = []
         self._refresh_metrics: dict[str, float] = {}
         self._is_short_of_responses = self._has_told_refresh = False  # each is said once
-
-    def _make_scout(self) -> Scout | None:
-        """None where no row is scored before training, and no generated response is compared with the base model."""
-        measures_responses = self.args.refines and self.row_weights.uses_excess and self.args.reference == "base"
-        if not isinstance(self.row_weights, ScoutWeights) and not measures_responses:
-            return None
-        return Scout(
-            self.model,
-            self.batches,
-            batch_size=2 * self.args.per_device_train_batch_size,  # no gradients are kept: twice the rows fit
-            keep=self.args.refines,
-            show_progress=not self.args.disable_tqdm,
-            notes=self.recorder.output_dir / SCOUT_TRIALS if self.recorder else None,
-        )
 
     @property
     def announcements(self) -> list[str]:
@@ -154,80 +148,15 @@ class RowWeighting:
             resume: the checkpoint that the run goes on from; its state is loaded by `load_state_dict`.
 
         Raises:
-            ValueError: see `plan`, or the scout of the earlier run is missing.
+            ValueError: see `plan` and `tamis.scouting.Scouting.begin`.
         """
         self.plan(max_steps)
         self.remember_base()
-        if isinstance(self.row_weights, ScoutWeights):
-            if resume is not None:
-                self._take_over(Path(resume).parent)
-            elif self.earlier_scores is not None:
-                self._take_scores(self.earlier_scores, self.row_weights)
-            elif self.scout is not None:
-                self._send_scout(self.scout, self.row_weights, model)
-        if not self.refiner:
-            self.scout = None  # no more rows to score: its parameters need not be kept
+        self.scouting.begin(model, resume)
 
     def remember_base(self) -> None:
         """Before training, and before a checkpoint is loaded: keep what new responses are compared with."""
-        if self.scout:
-            self.scout.remember_base()
-
-    def _take_scores(self, earlier: EarlierScores, row_weights: ScoutWeights) -> None:
-        """Weights by what another run has found, and its files that say how."""
-        ids_R = self.batches.training.ids
-        score_R = earlier.of(ids_R.numpy())
-        if score_R is not None:
-            row_weights.settle_scores(ids_R, torch.from_numpy(score_R))
-        if self.recorder:
-            self.recorder.take_over(earlier.path.parent, SCOUT_REPORT, SCOUT_SCORES)
-
-    def _take_over(self, earlier: Path) -> None:
-        """The scout of the run that this one goes on from; it may be resumed from here too."""
-        if self.refiner and self.scout and self.can_scout:
-            self.scout.load(earlier / SCOUT_FILE)
-        if self.recorder:
-            self.recorder.take_over(earlier, SCOUT_REPORT, SCOUT_SCORES, SCOUT_FILE)
-
-    @property
-    def can_scout(self) -> bool:
-        """Whether there are enough validation rows for it."""
-        return self.validation_dataset is not None and len(self.validation_dataset) >= MIN_VALIDATION_ROWS
-
-    def scout_settings(self) -> ScoutSettings:
-        """How scouts descend the validation rows of this run."""
-        assert self.validation_dataset is not None, "checked by the settings"
-        return settings_of_run(self.args, self.resolved.scout_learning_rates, len(self.validation_dataset))
-
-    def _send_scout(self, scout: Scout, row_weights: ScoutWeights, model: nn.Module) -> None:
-        """Score all rows, and settle their weights: see `tamis.selection.trials`."""
-        assert self.validation_dataset is not None, "checked by the settings"
-        num_validation = len(self.validation_dataset)
-        if not self.can_scout:
-            logger.warning(
-                f"{num_validation} validation rows are too few to tell what a right row looks like: all weights are "
-                f"one. Give at least {MIN_VALIDATION_ROWS}, ideally 50"
-            )
-            return
-        ids_R = self.batches.training.ids
-        self.outcome = send_scout(
-            scout,
-            model,
-            self.validation_dataset,
-            self.train_dataset,
-            self.scout_settings(),
-            name_of=lambda k: self._row_name(int(ids_R[k])),
-        )
-        if self.outcome.finding.calibration.is_believed:
-            row_weights.settle(ids_R, self.outcome.p_right_R)
-        row_weights.last_loss_N[ids_R] = self.outcome.loss_R
-        is_refined_later = self.refiner is not None and self.args.refine_policy == "lowest"
-        for level, line in describe(self.outcome, num_validation, is_refined_later):
-            logger.log(level, line)
-        if self.recorder:
-            self.recorder.write_scout(self.outcome.to_dict(), self.outcome.scores(ids_R))
-        if self.refiner:
-            scout.save(Path(str(self.args.output_dir)) / SCOUT_FILE)
+        self.scouting.remember_base()
 
     def rho(self) -> float:
         """Share of the validation loss where none is given: a validation row counts as a surely right training row.

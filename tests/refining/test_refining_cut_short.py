@@ -163,8 +163,8 @@ def test_the_scout_goes_along_to_another_folder(run, tmp_path):
 
 
 def test_a_scout_of_another_model_is_refused(run, tmp_path):
-    trainer, adapter, scores = run("full"), run("lora", peft_config=True).weighting.scout, np.arange(9.0)
-    full = trainer.weighting.scout
+    trainer, adapter, scores = run("full"), run("lora", peft_config=True).weighting.scouting.scout, np.arange(9.0)
+    full = trainer.weighting.scouting.scout
     full.parameters = trainable_parameters(trainer.model)
     full.finding = Finding(1e-3, 4, 1.0, fit(scores, scores), 0.9)
     full.save(tmp_path / "scout.safetensors")

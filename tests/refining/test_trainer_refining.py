@@ -419,7 +419,7 @@ def test_a_scout_that_is_not_believed_refines_nothing(bilevel, script, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = bilevel([*RIGHT, *LIKE_RIGHT[:6]], LIKE_RIGHT[6:], max_steps=8, **REFINING)
         trainer.train()
-    assert not trainer.weighting.scout.finding.calibration.is_believed and "no row is refined" in caplog.text
+    assert not trainer.weighting.scouting.scout.finding.calibration.is_believed and "no row is refined" in caplog.text
     assert generator.num_calls == 0 and not trainer.weighting.refiner.buffer.rows
     assert trainer.weighting.row_weights.all_weights().tolist() == [1.0] * 18
 

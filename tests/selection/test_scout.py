@@ -280,7 +280,7 @@ def test_a_scout_that_goes_nowhere_leaves_no_trace(bilevel, is_lora, settings):
     scouted.train()
     rho = settings.get("rho", 0.2)  # by default one validation row beside four training rows, each a fifth
     assert scouted.current_rho() == rho
-    assert not scouted.weighting.outcome.finding.calibration.is_believed
+    assert not scouted.weighting.scouting.outcome.finding.calibration.is_believed
     if "rho" not in settings:
         common["per_device_validation_batch_size"] = 1  # six validation rows beside 24, in batches of four
     mixed = bilevel(*rows, selector="none", rho=rho, peft_config=peft_config(), **common)
@@ -324,7 +324,7 @@ def test_four_validation_rows_are_enough(bilevel, caplog):
     trainer = bilevel(WRONG + RIGHT, TRUSTED[:4], max_steps=2)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert "too few" not in caplog.text and trainer.weighting.outcome is not None
+    assert "too few" not in caplog.text and trainer.weighting.scouting.outcome is not None
 
 
 def test_dropout_after_scouting_does_not_depend_on_the_scout(bilevel):

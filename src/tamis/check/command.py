@@ -195,7 +195,8 @@ def _settings(trainer: BilevelTrainer, args: BilevelConfig) -> list[str]:
         f"max_length = {args.max_length} ({origin('max_length')})",
     ]
     if resolved.rho is None:
-        lines.append("rho = after scouting (a validation row counts as much as a training row that is surely right)")
+        found_by = "from the scores" if trainer.args.scores else "after scouting"
+        lines.append(f"rho = {found_by} (a validation row counts as much as a training row that is surely right)")
     return [*lines, *resolved.announcements]
 
 

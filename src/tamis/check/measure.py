@@ -45,7 +45,8 @@ def measure(trainer: BilevelTrainer, args: BilevelConfig, num_steps: int) -> tup
     Raises:
         RuntimeError, MemoryError: there is too little memory for a step.
     """
-    scout = trainer.weighting.scout if args.sends_scout() and trainer.weighting.can_scout else None
+    sends_scout = args.sends_scout() and trainer.weighting.scouting.is_possible
+    scout = trainer.weighting.scouting.scout if sends_scout else None
     step_seconds = seconds_per_step(trainer, num_steps)
     _longest_step(trainer)
     trainer.optimizer.state.clear()  # in a run, scouting comes before there are states
@@ -64,7 +65,8 @@ def seconds_per_step(trainer: BilevelTrainer, num_steps: int) -> float:
 def _train(trainer: BilevelTrainer, num_steps: int) -> float:
     """Train a few steps without scouting, refining and files; returns the seconds of a token."""
     weighting, timer = trainer.weighting, _Timer(trainer)
-    trainer.recorder = weighting.recorder = weighting.refiner = weighting.scout = None
+    trainer.recorder = weighting.recorder = weighting.refiner = None
+    weighting.scouting.recorder = weighting.scouting.scout = None
     use_progress(trainer, ProgressCallback("measuring"))
     trainer.add_callback(timer)
     trainer.args.max_steps = min(num_steps, _MAX_STEPS)
@@ -175,7 +177,7 @@ def _seconds_per_token(trainer: BilevelTrainer) -> float:
 
 def _scouting_seconds(trainer: BilevelTrainer, scout: Scout, seconds_per_token: float) -> float:
     """At most, see `work_of`; ``seconds_per_token`` are of a forward pass."""
-    settings = trainer.weighting.scout_settings()
+    settings = trainer.weighting.scouting.settings()
     training, validation = (
         _lengths(rows, trainer.args) for rows in (trainer.train_dataset, trainer.validation_dataset)
     )
