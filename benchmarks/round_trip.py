@@ -7,11 +7,11 @@ base model or by a small one: half as wide, about a quarter of the parameters, p
 steps or (`trained longer`, the demo alone) for four times as many. The scores are used in one of two ways:
 
 - `select`: `tamis select` with its defaults, and then plain SFT (selector `none`, rho 0) on the kept rows and the
-  validation rows in one file.
+  validation rows in one file. `as many epochs`: with fewer steps, as who sets epochs would have them.
 - `weights`: `tamis train --scores`. By the base model's own scores that is `tamis`.
 
-`selection_auroc` and `share_right` are those of the scoring. All runs make the same number of steps. `gap_closure` is
-on exact match, as in all benchmarks.
+`selection_auroc` and `share_right` are those of the scoring. All other runs make the same number of steps.
+`gap_closure` is on exact match, as in all benchmarks.
 """
 
 import json
@@ -96,8 +96,13 @@ def score_and_train(
     rows = (clean / task.train_file.name).read_text("utf-8") + task.validation_file.read_text("utf-8")
     file = clean / "with_validation.jsonl"
     file.write_text(rows, "utf-8")
-    ways = [Method(f"{name}, select", file, STATIC | {"rho": 0.0})]
-    if scorer is not task:
+    plain = STATIC | {"rho": 0.0}
+    ways = [Method(f"{name}, select", file, plain)]
+    if scorer is task:
+        num_rows = sum(path.read_text("utf-8").count("\n") for path in (task.train_file, task.validation_file))
+        steps = max(round(common["max_steps"] * rows.count("\n") / num_rows), 1)
+        ways.append(Method(f"{name}, select, as many epochs", file, plain | {"max_steps": steps}))
+    else:
         ways.append(Method(f"{name}, weights", task.train_file, {"scores": str(scores)}))
     p_right = pq.read_table(scores / "weights.parquet", columns=["p_right"])["p_right"].to_numpy()
     found = json.loads((scores / "scout.json").read_text("utf-8"))

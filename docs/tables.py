@@ -331,18 +331,32 @@ def _mean_of_best(rows: list[dict[str, Any]], prefix: str) -> float:
     return _mean(list(best.values()))
 
 
+def _mean_and_each(values: list[float], digits: int) -> str:
+    """The mean, and in brackets the value of each seed."""
+    return f"{_mean(values):.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
+
+
 def round_trip_table(results: dict[str, Any]) -> str:
     """One line per task and way of `benchmarks/round_trip.py`, means over the seeds."""
-    methods = ("tamis", "score, select", "oracle (right rows)")
     lines: list[list[str]] = []
-    for (scenario, method), rows in _groups(results["rows"], "scenario", "method"):
-        if method not in methods and not method.startswith("scored by"):
+    groups = _groups(results["rows"], "scenario", "method")
+    of_tamis = {key[0]: _mean([row["gap_closure"] for row in rows]) for key, rows in groups if key[1] == "tamis"}
+    for (scenario, method), rows in groups:
+        if not method.startswith(("tamis", "score, select", "small scorer", "oracle")):
             continue
-        values = [f"{_mean([row['test_accuracy'] for row in rows]):.3f}"]
-        values += [f"{_mean([row['gap_closure'] for row in rows]):.2f}"]
+        closures = [row["gap_closure"] for row in rows]
         aurocs = [row["selection_auroc"] for row in rows if row["selection_auroc"] is not None]
-        lines.append([scenario, str(len(rows)), method, *values, f"{_mean(aurocs):.3f}" if aurocs else ""])
-    return as_table("task | seeds | way | exact match | gap closed | AUROC", lines)
+        lines.append(
+            [
+                scenario,
+                method,
+                _mean_and_each([row["test_accuracy"] for row in rows], 3),
+                _mean_and_each(closures, 2),
+                f"{_mean(closures) / of_tamis[scenario]:.2f}",
+                f"{_mean(aurocs):.3f}" if aurocs else "",
+            ]
+        )
+    return as_table("task | way | exact match (by seed) | gap closed | of tamis's | AUROC", lines)
 
 
 def fill(text: str) -> str:
