@@ -7,7 +7,7 @@ base model or by a small one: half as wide, about a quarter of the parameters, p
 steps or (`trained longer`, the demo alone) for four times as many. The scores are used in one of two ways:
 
 - `select`: `tamis select` with its defaults, and then plain SFT (selector `none`, rho 0) on the kept rows and the
-  validation rows in one file. `as many epochs`: with fewer steps, as who sets epochs would have them.
+  validation rows in one file. `as many epochs`: with fewer steps, in proportion to these rows.
 - `weights`: `tamis train --scores`. By the base model's own scores that is `tamis`.
 
 `selection_auroc` and `share_right` are those of the scoring. All other runs make the same number of steps.

@@ -337,7 +337,7 @@ def _mean_and_each(values: list[float], digits: int) -> str:
 
 
 def round_trip_table(results: dict[str, Any]) -> str:
-    """One line per task and way of `benchmarks/round_trip.py`, means over the seeds."""
+    """One line per task and way of `benchmarks/round_trip.py`: means, and the values of the seeds."""
     lines: list[list[str]] = []
     groups = _groups(results["rows"], "scenario", "method")
     of_tamis = {key[0]: _mean([row["gap_closure"] for row in rows]) for key, rows in groups if key[1] == "tamis"}
@@ -356,7 +356,7 @@ def round_trip_table(results: dict[str, Any]) -> str:
                 f"{_mean(aurocs):.3f}" if aurocs else "",
             ]
         )
-    return as_table("task | way | exact match (by seed) | gap closed | of tamis's | AUROC", lines)
+    return as_table("task | way | exact match (by seed) | gap closed | share of tamis's | AUROC", lines)
 
 
 def fill(text: str) -> str:

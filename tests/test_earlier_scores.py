@@ -12,6 +12,8 @@ from conftest import pairs, write_jsonl
 
 from tamis.cli import main
 from tamis.earlier_scores import read_scores
+from tamis.report.charts import score_histogram
+from tamis.report.run_folder import read_run
 
 TRAIN = pairs(12) + pairs(12, 30, wrong=True)
 SCOUT = ["--scout_epochs", "8", "--scout_learning_rate", "1e-2"]
@@ -73,7 +75,7 @@ def test_a_run_goes_on_with_its_scores_and_with_no_others(options, scored, tmp_p
         table.set_column(place, "score", pa.array(table["score"].to_numpy()[::-1])), moved / "weights.parquet"
     )
     assert main(["train", *again, "--max_steps", "6", "--resume_from_checkpoint", "last"]) == 2
-    assert "scores: other probabilities, or none" in capsys.readouterr().err
+    assert "scores: other probabilities, or a scout in place of them" in capsys.readouterr().err
 
 
 def test_the_weights_are_of_the_scoring_and_no_validation_rows_are_needed(options, scored, tmp_path):
@@ -99,19 +101,19 @@ def test_a_scoring_that_was_not_believed_gives_all_rows_one_weight(options, scor
     change(scored / "weights.parquet", p_right=np.full(24, np.nan, np.float32))
     run = tmp_path / "run"
     assert main(["train", *options, "--scores", str(scored), "--output_dir", str(run)]) == 0
-    assert "does not say how likely rows are right" in caplog.text
+    assert "was not believed: all weights are one" in caplog.text
     table = pq.read_table(run / "weights.parquet")
     assert table["weight"].to_pylist() == [1.0] * 24 and table["p_right"].null_count == 24
     assert {rho for _, _, rho, _ in losses(run)} == {4 / (4 + 8)}  # 10 validation rows for 24: 4 beside 8
 
 
-def test_rows_that_the_scoring_left_out_count_as_the_others_on_average(options, scored, tmp_path, caplog):
+def test_rows_that_the_scoring_left_out_are_as_likely_right_as_the_others_on_average(options, scored, tmp_path, caplog):
     p_right = pq.read_table(scored / "weights.parquet")["p_right"].to_numpy().copy()
     p_right[[3, 20]] = np.nan
     change(scored / "weights.parquet", p_right=p_right)
     run = tmp_path / "run"
     assert main(["train", *options, "--scores", str(scored), "--output_dir", str(run)]) == 0
-    assert "does not know 2 rows" in caplog.text
+    assert "has no probability for 2 rows" in caplog.text
     found = pq.read_table(run / "weights.parquet")["p_right"].to_numpy()
     assert found[[3, 20]] == pytest.approx(np.nanmean(p_right), abs=1e-6)
 
@@ -119,9 +121,14 @@ def test_rows_that_the_scoring_left_out_count_as_the_others_on_average(options, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ["--output_dir", "SCORED", "--overwrite_output_dir"],
+            "--scores are in --output_dir, which the run would replace",
+        ),
+        (["--scores", "UNSCOUTED"], r"unscouted has no scout\.json: no scout has scored its rows"),
         (["--refine_fraction", "0.5"], "leave out --scores or --refine_fraction"),
         (["--train_dataset", "SWAPPED"], r"swapped\.jsonl, row 0 \(line 1\) is not what .*weights\.parquet has in its"),
-        (["--train_dataset", "SHORT"], "is about 24 rows, and train_dataset has 23"),
+        (["--train_dataset", "SHORT"], "has 24 rows, and train_dataset has 23"),
         (["--scores", "NOWHERE"], "nowhere: no such file. Give a run directory, or its weights.parquet, to --scores"),
         (["--scores", "TEXT"], r"text\.parquet: cannot be read as Parquet"),
         (["--scores", "OTHER"], 'other.parquet: no column "p_right": it was not written by this version'),
@@ -136,18 +143,28 @@ def test_what_cannot_be_taken_over_is_refused_before_the_model_is_loaded(
         "NOWHERE": str(tmp_path / "nowhere"),
         "TEXT": write_jsonl(tmp_path / "text.parquet", TRAIN),
         "OTHER": str(tmp_path / "other.parquet"),
+        "SCORED": str(scored),
+        "UNSCOUTED": str(tmp_path / "unscouted"),
     }
+    shutil.copytree(scored, files["UNSCOUTED"])
+    (tmp_path / "unscouted" / "scout.json").unlink()
     pq.write_table(pa.table({"content_hash": ["a"] * 24}), files["OTHER"])
     monkeypatch.setattr("trl.SFTTrainer.__init__", lambda *args, **kwargs: pytest.fail("the model is loaded"))
-    given = [*options, "--scores", str(scored), *(files.get(flag, flag) for flag in flags)]
-    assert main(["train", *given, "--output_dir", str(tmp_path / "run")]) == 2
+    before = {path: path.read_bytes() for path in scored.iterdir()}
+    given = ["--output_dir", str(tmp_path / "run"), *options, "--scores", str(scored)]
+    assert main(["train", *given, *(files.get(flag, flag) for flag in flags)]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert not (tmp_path / "run").exists()
+    assert {path: path.read_bytes() for path in scored.iterdir()} == before
 
 
 def test_scores_are_not_scored_and_other_selectors_do_not_read_them(options, scored, tmp_path, caplog, capsys):
     assert main(["score", *options, "--scores", str(scored), "--output_dir", str(tmp_path / "again")]) == 2
     assert "leave it out" in capsys.readouterr().err
+    held_out = options[options.index("--validation_dataset") + 1]
+    compared = ["--eval_dataset", held_out, "--output_dir", str(tmp_path / "comparison")]
+    assert main(["compare", *options, "--scores", str(scored), *compared]) == 2
+    assert "a comparison scores the rows for each of its seeds: leave out --scores" in capsys.readouterr().err
     options = [*options, "--scores", str(scored)]
     assert main(["train", *options, "--selector", "none", "--output_dir", str(tmp_path / "mixed")]) == 0
     assert "scores is set but has no effect: selector 'none' does not read it" in caplog.text
@@ -170,11 +187,12 @@ def test_every_row_is_compared_across_batches(tmp_path):
             "content_hash": pa.chunked_array([hashes[:9_999], hashes[9_999:]]),
         }
     )
-    found = read_scores(str(tmp_path), rows)
+    (tmp_path / "scout.json").write_text("{}")
+    found = read_scores(str(tmp_path), tmp_path / "run", rows)
     assert np.array_equal(found.score_N, score)
     other = rows.set_column(2, "content_hash", pa.array([*hashes[:24_000], "0" * 16, *hashes[24_001:]]))
     with pytest.raises(ValueError, match="train_dataset, row 24000 is not what"):
-        read_scores(str(tmp_path), other)
+        read_scores(str(tmp_path), tmp_path / "run", other)
 
 
 def test_a_check_takes_no_scout_into_account_and_writes_nothing(options, scored, tmp_path, capsys):
@@ -182,3 +200,21 @@ def test_a_check_takes_no_scout_into_account_and_writes_nothing(options, scored,
     out = capsys.readouterr().out
     assert "rho = from the scores" in out and "scouting at most" not in out and "scout_learning_rates" not in out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_on_a_run_explains_the_decisions_of_the_scoring(options, scored, tmp_path):
+    """Also where a row that was scored is left out here: its prompt is cut off by a shorter `max_length`."""
+    long = {"prompt": "1 2 3 4 5 6 7 8 9 1 2 3 4 5 6 7 8 9=", "completion": "4"}
+    train = write_jsonl(tmp_path / "longer.jsonl", [long, *TRAIN])
+    longer, run = tmp_path / "longer_scores", tmp_path / "run"
+    options = [*options, "--train_dataset", train]
+    assert main(["score", *options, *SCOUT, "--output_dir", str(longer)]) == 0
+    assert main(["train", *options, "--scores", str(longer), "--max_length", "30", "--output_dir", str(run)]) == 0
+    table = pq.read_table(run / "weights.parquet")
+    assert table["p_right"].to_pylist()[0] is None and table["weight"].to_pylist()[0] == 0
+    assert table["p_right"].null_count == 1
+    picture = score_histogram(read_run(str(run)))
+    assert picture is not None and "nan" not in picture.lower()
+    assert main(["select", str(run), "--output_dir", str(tmp_path / "clean")]) == 0
+    assert main(["report", str(longer)]) == 0
+    assert f"--scores {longer} --output_dir {longer}-trained" in (longer / "report.html").read_text(encoding="utf-8")

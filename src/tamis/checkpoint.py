@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "tamis.safetensors"
 _LOG = "log."
-# Settings of ours that a resumed run may change: they do not enter what has been learned.
+# Settings of ours that a resumed run may change: they do not enter what has been learned. Of `scores` it is the folder
+# that may change; their fingerprint is compared.
 _CHANGEABLE = (
     "refine_on_error", "generation_batch_size", "generator", "vllm_mode", "vllm_server_base_url",
     "vllm_gpu_memory_utilization", "overwrite_output_dir", "scores",
@@ -135,7 +136,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if name.startswith(("train_dataset", "validation_dataset", "eval_dataset")):
             changes.append(f"{name}: other rows, or the same in another order")
         elif name == "scores":
-            changes.append("scores: other probabilities, or none")
+            changes.append("scores: other probabilities, or a scout in place of them")
         else:
             changes.append(f"{name}: {before.get(name, 'default')} -> {now.get(name, 'default')}")
     return changes

@@ -121,8 +121,8 @@ class BilevelConfig(SFTConfig):
     )
     scores: str | None = setting(
         None,
-        "Folder of a `tamis score` or an earlier run on the same rows, with this or another model: its probabilities "
-        "are taken over, and no scout is sent.",
+        "Folder of a `tamis score` or an earlier run on the same rows in the same order, with this or another model: "
+        "its probabilities are taken over, and no scout is sent. Resuming needs it too.",
     )
     reference_learning_rate: float | None = setting(
         None, "Constant learning rate of the reference 'tracked'. When not set it follows the model's schedule."
@@ -210,6 +210,8 @@ class BilevelConfig(SFTConfig):
     def __post_init__(self) -> None:
         if str(self.refine_fraction) != "auto":
             self.refine_fraction = as_number("refine_fraction", self.refine_fraction)
+        if self.scores is not None:
+            self.scores = str(self.scores)  # a path
         # Before the parent classes resolve fields of their own: this is what a replay needs.
         self.given_settings = given_fields(self)
         if self.bf16 is None and not torch.accelerator.is_available():

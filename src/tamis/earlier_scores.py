@@ -17,7 +17,7 @@ from tamis.rows import BATCH_SIZE, place_in_file
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "weights.parquet"
+WEIGHTS, SCOUT_REPORT = "weights.parquet", "scout.json"
 _COLUMNS = ["content_hash", "p_right", "score"]
 
 
@@ -80,47 +80,50 @@ class EarlierScores:
     def of(self, example_ids: NDArray[np.int64]) -> NDArray[np.float32] | None:
         """Scores of the R rows that are trained on; None, with a warning, where those of none of them are known.
 
-        A row that was left out when the others were scored, because its prompt did not fit that model, counts as
-        likely right as the others are on average; a warning says how many there are.
+        A row that was left out when the others were scored, because its prompt did not fit that model, is taken to be
+        as likely right as the others are on average; a warning says how many there are.
         """
         score_R = self.score_N[example_ids]
         is_unknown_R = np.isnan(score_R)
         if is_unknown_R.all():
             logger.warning(
-                f"{self.path} does not say how likely rows are right: its scout was not believed, or there was none. "
-                "All weights are one. Its `scout.json` and its warnings say more"
+                f"the scout of {self.path.parent} was not believed: all weights are one. Its `scout.json` and its "
+                "warnings say more"
             )
             return None
         if is_unknown_R.any():
             mean = _p_right(score_R[~is_unknown_R]).mean()
             score_R[is_unknown_R] = np.log(mean / (1 - mean))
             logger.warning(
-                f"{self.path} does not know {is_unknown_R.sum()} rows, whose prompts were too long there: they count "
-                "as the others do on average"
+                f"{self.path} has no probability for {is_unknown_R.sum()} rows, whose prompts were too long there: "
+                "they are taken to be as likely right as the others are on average"
             )
         num_useful = np.square(_p_right(score_R)).sum()
         logger.info(f"weights by {self.path}: {len(score_R)} rows are worth {num_useful:.0f} surely right ones")
         return score_R
 
 
-def read_scores(given: str, rows: pa.Table) -> EarlierScores:
+def read_scores(given: str, output_dir: str | Path, rows: pa.Table) -> EarlierScores:
     """The scores of an earlier run.
 
     Args:
-        given: its directory or `weights.parquet`, as the setting `scores` has it.
+        given: its directory or the `weights.parquet` in it, as the setting `scores` has it.
+        output_dir: of this run.
         rows: to be trained on, see `tamis.rows.row_table`. The same as were scored, in the same order; the names of
             their files may differ.
 
     Raises:
-        ValueError: they are not, or the file cannot be read.
+        ValueError: they are not, the file cannot be read, no scout has scored the rows, or this run would replace it.
     """
     path, remedy = weights_path(given, "scores"), "Give the rows that were scored, in the same order, or score these"
+    if path.parent.resolve() == Path(output_dir).resolve():
+        raise ValueError("`scores` are in `output_dir`, which the run would replace: choose another `output_dir`")
     score_N, first = np.full(len(rows), np.nan, np.float32), 0
     try:
         require_columns(path, _COLUMNS)
         num_scored = pq.read_metadata(path).num_rows
         if num_scored != len(rows):
-            raise ValueError(f"{path} is about {num_scored} rows, and train_dataset has {len(rows)}. {remedy}")
+            raise ValueError(f"{path} has {num_scored} rows, and train_dataset has {len(rows)}. {remedy}")
         for batch in weight_batches(path, _COLUMNS):
             part = rows.slice(first, len(batch))
             same = pc.equal(part["content_hash"], pa.chunked_array([batch["content_hash"].cast(pa.string())]))
@@ -136,6 +139,8 @@ def read_scores(given: str, rows: pa.Table) -> EarlierScores:
             first += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({error}). Check that it is whole") from error
+    if not (path.parent / SCOUT_REPORT).is_file():
+        raise ValueError(f"{path.parent} has no {SCOUT_REPORT}: no scout has scored its rows. Give a `tamis score`")
     return EarlierScores(path, score_N)
 
 

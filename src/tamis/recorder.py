@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from tamis.earlier_scores import SCOUT_REPORT
 from tamis.files import write_atomically, writing
 from tamis.output_dir import config_path, was_cut_short, write_config
 from tamis.refinements import REFINEMENTS, SCHEMA, add_refresh, drop_refreshes
@@ -43,7 +44,7 @@ from tamis.refinements import REFINEMENTS, SCHEMA, add_refresh, drop_refreshes
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
-SCOUT_REPORT, SCOUT_SCORES = "scout.json", "scout_scores.parquet"
+SCOUT_SCORES = "scout_scores.parquet"
 LAST = ("last", "true", "True")  # what `resume_from_checkpoint` may say instead of True
 SKIPPED_ROWS = "skipped_rows.jsonl"
 _RECORDED_PACKAGES = ("tamis", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -129,7 +130,7 @@ class Recorder:
         write_atomically(self.output_dir / SCOUT_REPORT, lambda path: path.write_text(text, encoding="utf-8"))
 
     def take_over(self, earlier: Path, *names: str) -> None:
-        """Copy files of the run that this one goes on from, where it is in another folder and has them."""
+        """Copy files of an earlier run or scoring, where it is in another folder and has them."""
         for name in names:
             source, target = earlier / name, self.output_dir / name
             if source.is_file() and source.resolve() != target.resolve():

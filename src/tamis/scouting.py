@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import nn
 
 from tamis.config import BilevelConfig, Resolved
-from tamis.earlier_scores import EarlierScores
+from tamis.earlier_scores import SCOUT_REPORT, EarlierScores
 from tamis.output_dir import SCOUT_TRIALS
-from tamis.recorder import SCOUT_REPORT, SCOUT_SCORES, Recorder
+from tamis.recorder import SCOUT_SCORES, Recorder
 from tamis.selection.row_weights import RowWeights, ScoutWeights
 from tamis.selection.scout import SCOUT_FILE, Scout, ScoutSettings, settings_of_run
 from tamis.selection.trials import MIN_VALIDATION_ROWS, Outcome, describe, send_scout

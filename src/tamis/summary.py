@@ -32,7 +32,8 @@ def summarize_scores(output_dir: str | Path) -> list[tuple[str, str]]:
     """The same of `tamis score`."""
     folder = Path(output_dir)
     lines = [_rows_kept(folder), ("weights", str(folder / "weights.parquet"))]
-    return [*lines, ("look at them", _report_command(folder)), ("next", select_command(folder))]
+    train = f"tamis train --config {folder / 'config.yaml'} --scores {folder} --output_dir {folder}-trained"
+    return [*lines, ("look at them", _report_command(folder)), ("next", select_command(folder)), ("or", train)]
 
 
 def rows_kept(is_kept: pa.ChunkedArray | pa.Array) -> tuple[str, str]:

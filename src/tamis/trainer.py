@@ -68,7 +68,7 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer, JoinedRows):
         train_dataset: the rows to weigh, in any text format of TRL, with customary columns such as Alpaca's, or as
             ``input_ids``; of a `DatasetDict` the split ``train``. A column ``weight`` is read by ``column``.
         validation_dataset: the rows that are trusted, of a `DatasetDict` the split ``validation``. May be None only
-            where the selector needs none.
+            where the selector needs none, or ``scores`` are given.
         eval_dataset: held-out rows, never trained on, never used for selection; or a dict of several such data sets,
             by name. `tamis.evaluation.RowEvaluation` documents the metrics.
         formatting_func: makes the text of a row, as in [`~trl.SFTTrainer`].
@@ -142,7 +142,7 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer, JoinedRows):
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
         self._earlier_scores = None
         if args.scores is not None and args.scouts(selector):
-            self._earlier_scores = read_scores(args.scores, self._row_table)
+            self._earlier_scores = read_scores(args.scores, str(args.output_dir), self._row_table)
             self._fingerprints["scores"] = self._earlier_scores.fingerprint
         kwargs["processing_class"] = self.prompts.processing_class
         if isinstance(eval_dataset, dict):

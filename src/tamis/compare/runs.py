@@ -18,6 +18,7 @@ from trl import ModelConfig
 
 from tamis.compare.task import Task, learned_weights, run_dir
 from tamis.config import BilevelConfig
+from tamis.earlier_scores import weights_path
 from tamis.files import write_atomically
 from tamis.metrics import auroc
 from tamis.run import DataArguments, train
@@ -63,6 +64,8 @@ def run_method(method: Method, task: Task, output_dir: Path, common: dict[str, A
     resolved = args.resolve().announcements  # so that a run made with other defaults is made again
     identity = {"method": method.name, "task": task.fingerprint, "settings": settings, "resolved": resolved}
     identity |= {"rows": file_digest(method.train_file), "trainer": method.trainer.__name__}
+    if args.scores is not None:
+        identity["scores"] = file_digest(weights_path(args.scores, "scores"))
     if result_file.is_file():
         result = json.loads(result_file.read_text())
         if result["identity"] == identity:

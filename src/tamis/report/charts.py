@@ -89,9 +89,9 @@ def score_histogram(run: RunFolder) -> str | None:
     score_N, validation = run.training_scores(), run.validation_scores()
     if score_N is None or validation is None or run.scout is None:
         return None
-    is_known_N = ~np.isnan(score_N)
     score_V, weight_V = validation
     p_right_N = run.column("p_right") if run.is_believed else np.ones(len(score_N))
+    is_known_N = ~np.isnan(score_N) & ~np.isnan(p_right_N)  # a row may be left out here that was scored elsewhere
     border = run.scout.get("border")
 
     def draw(axes: Axes) -> None:

@@ -24,8 +24,8 @@ class RunFolder:
         config: its settings, and `run_info`.
         metrics: one record for each log step.
         weights: see `tamis.curation.weighed.read_weights`; None before there are any.
-        scout: `scout.json`; None where nothing was scouted.
-        scores: `scout_scores.parquet`; None where nothing was scouted, or an earlier version of tamis has.
+        scout: `scout.json`, of the run or of the scoring that it was given; None where nothing was scouted.
+        scores: `scout_scores.parquet`, likewise; None where nothing was scouted, or an earlier version of tamis has.
         is_finished: whether the run has made all of its steps.
     """
 

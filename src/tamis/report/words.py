@@ -67,10 +67,12 @@ def _next_steps(run: RunFolder) -> list[tuple[str, str]]:
     select = select_command(run.path)
     steps = [(select, "writes the rows that are kept, in the format of your files")]
     if not run.is_believed:
+        if run.config.get("scores"):
+            return [("tamis score", "scores the rows anew, with more or other trusted rows or a larger model")]
         return [(f"{config} --output_dir {run.path}-again", "trains again, after more or other trusted rows")]
     steps.append((f"{select} --overrides marks.jsonl", "the same, with the marks that you set on this page"))
     if run.num_steps == 0:
-        steps.append((f"{config} --output_dir {run.path}-trained", "trains with these weights"))
+        steps.append((f"{config} --scores {run.path} --output_dir {run.path}-trained", "trains with these weights"))
     return steps
 
 

@@ -78,6 +78,8 @@ def compare(data: DataArguments, args: BilevelConfig, model_args: ModelConfig, a
         raise ValueError(f"a comparison needs trusted and held-out rows: give `{missing}`")
     if model_args.model_name_or_path is None:
         raise ValueError("no model: give `model_name_or_path`")
+    if args.scores is not None:
+        raise ValueError("a comparison scores the rows for each of its seeds: leave out `scores`")
     if args.world_size > 1:
         raise ValueError("tamis compare runs in one process: start it without a launcher")
     refuse_occupied(args)
