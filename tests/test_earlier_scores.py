@@ -42,6 +42,13 @@ def losses(run):
     return [(r["step"], r["loss"], r["rho"], r["ess"]) for r in records if "loss" in r]
 
 
+def change(path, **columns):
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, from_pandas=True))
+    pq.write_table(table, path)
+
+
 def test_a_run_with_the_scores_of_its_own_model_is_the_run_that_scouts(options, scored, tmp_path):
     """Bit for bit, from the folder of a scoring or of the run, or from the file alone."""
     scouted = tmp_path / "scouted"
@@ -69,11 +76,7 @@ def test_a_run_goes_on_with_its_scores_and_with_no_others(options, scored, tmp_p
     again = [*options, "--scores", str(moved), "--lr_scheduler_type", "constant", "--output_dir", str(cut)]
     assert main(["train", *again, "--resume_from_checkpoint", "last"]) == 0
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    table = pq.read_table(moved / "weights.parquet")
-    place = table.column_names.index("score")
-    pq.write_table(
-        table.set_column(place, "score", pa.array(table["score"].to_numpy()[::-1])), moved / "weights.parquet"
-    )
+    change(moved / "weights.parquet", score=pq.read_table(moved / "weights.parquet")["score"].to_numpy()[::-1])
     assert main(["train", *again, "--max_steps", "6", "--resume_from_checkpoint", "last"]) == 2
     assert "scores: other probabilities, or a scout in place of them" in capsys.readouterr().err
 
@@ -88,13 +91,6 @@ def test_the_weights_are_of_the_scoring_and_no_validation_rows_are_needed(option
     assert found["weight"].equals(expected["weight"])
     visits = found["num_updates"].to_numpy()
     assert visits[:12].sum() > 3 * visits[12:].sum()
-
-
-def change(path, **columns):
-    table = pq.read_table(path)
-    for name, values in columns.items():
-        table = table.set_column(table.column_names.index(name), name, pa.array(values, from_pandas=True))
-    pq.write_table(table, path)
 
 
 def test_a_scoring_that_was_not_believed_gives_all_rows_one_weight(options, scored, tmp_path, caplog):
@@ -180,19 +176,13 @@ def test_every_row_is_compared_across_batches(tmp_path):
     score = np.linspace(-5, 5, num_rows, dtype=np.float32)
     scores = pa.table({"content_hash": hashes, "p_right": 1 / (1 + np.exp(-score)), "score": score})
     pq.write_table(scores, tmp_path / "weights.parquet", row_group_size=7_001)
-    rows = pa.table(
-        {
-            "source": pa.nulls(num_rows, pa.string()),
-            "row": np.arange(num_rows),
-            "content_hash": pa.chunked_array([hashes[:9_999], hashes[9_999:]]),
-        }
-    )
+    rows = pa.chunked_array([hashes[:9_999], hashes[9_999:]])
     (tmp_path / "scout.json").write_text("{}")
-    found = read_scores(str(tmp_path), tmp_path / "run", rows)
+    found = read_scores(str(tmp_path), tmp_path / "run", rows, "train_dataset, row {}".format)
     assert np.array_equal(found.score_N, score)
-    other = rows.set_column(2, "content_hash", pa.array([*hashes[:24_000], "0" * 16, *hashes[24_001:]]))
+    other = pa.chunked_array([[*hashes[:24_000], "0" * 16, *hashes[24_001:]]])
     with pytest.raises(ValueError, match="train_dataset, row 24000 is not what"):
-        read_scores(str(tmp_path), tmp_path / "run", other)
+        read_scores(str(tmp_path), tmp_path / "run", other, "train_dataset, row {}".format)
 
 
 def test_a_check_takes_no_scout_into_account_and_writes_nothing(options, scored, tmp_path, capsys):

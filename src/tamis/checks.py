@@ -73,8 +73,7 @@ def check_settings(
     refuse_options(args)
     name = f"'{args.selector}'" if selector is None else type(selector).__name__
     is_static = args.selector in ("column", "none") if selector is None else not selector.uses_excess
-    needs_validation = args.sends_scout(selector) if args.scouts(selector) else not is_static
-    if needs_validation and not has_validation:
+    if not (is_static or args.takes_scores(selector) or has_validation):
         raise ValueError(
             f"selector {name} needs validation rows: give `validation_dataset`, or choose "
             "`selector='column'` (weights from a column) or `selector='none'` (every row counts the same)"
@@ -86,7 +85,7 @@ def check_settings(
         )
     if args.rho is None and args.rho_start is not None and args.scouts(selector):
         raise ValueError("rho_start goes to a rho that the scout chooses: set `rho` too")
-    if args.refines and args.scouts(selector) and not args.sends_scout(selector):
+    if args.refines and args.takes_scores(selector):
         raise ValueError(
             "new responses are judged by the scout that has judged the rows, and `scores` has none: leave out `scores` "
             "or `refine_fraction`"

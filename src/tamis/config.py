@@ -320,6 +320,10 @@ class BilevelConfig(SFTConfig):
         """Whether rows are weighed by what a scout finds before training, in this run or in an earlier one."""
         return selector is None and self.selector == "scout"
 
+    def takes_scores(self, selector: SelectorTraits | None = None) -> bool:
+        """Whether what the scout of an earlier run has found is taken over."""
+        return self.scouts(selector) and self.scores is not None
+
     def sends_scout(self, selector: SelectorTraits | None = None) -> bool:
         """Whether a scout scores the rows in this run."""
         return self.scouts(selector) and self.scores is None

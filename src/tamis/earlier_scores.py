@@ -1,10 +1,10 @@
 """Probabilities of an earlier `tamis score` or run for the same rows: what `scores` takes over in place of scouting."""
 
+import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,52 +12,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tamis.hashes import fingerprint
-from tamis.rows import BATCH_SIZE, place_in_file
+from tamis.weights_file import require_columns, weight_batches, weights_path
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, SCOUT_REPORT = "weights.parquet", "scout.json"
+SCOUT_REPORT = "scout.json"
 _COLUMNS = ["content_hash", "p_right", "score"]
-
-
-def weights_path(given: str, setting: str) -> Path:
-    """The `weights.parquet` of a run directory, or the file that is named itself.
-
-    Args:
-        setting: that names it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(given).expanduser()
-    path = path / WEIGHTS if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file. Give a run directory, or its {WEIGHTS}, to `{setting}`")
-    return path
-
-
-def require_columns(path: Path, names: Sequence[str]) -> None:
-    """Refuse a `weights.parquet` without these columns.
-
-    Raises:
-        ValueError: with the first that is missing.
-    """
-    found = pq.read_schema(path).names
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(f'{path}: no column "{missing[0]}": it was not written by this version of tamis')
-
-
-def weight_batches(path: Path, columns: list[str], size: int = BATCH_SIZE, **options: Any) -> Iterator[pa.RecordBatch]:
-    """Some columns of `weights.parquet`, in batches of ``size`` rows.
-
-    One thread, and nothing read ahead: that would take twice the memory on the way, and keep it.
-
-    Args:
-        options: of [`~pyarrow.parquet.ParquetFile`].
-    """
-    with pq.ParquetFile(path, pre_buffer=False, **options) as file:
-        yield from file.iter_batches(size, columns=columns, use_threads=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +35,7 @@ class EarlierScores:
     @property
     def fingerprint(self) -> str:
         """Of the scores."""
-        return fingerprint(self.score_N.view(np.uint32).astype(np.uint64))
+        return hashlib.blake2b(self.score_N.tobytes(), digest_size=8).hexdigest()
 
     def of(self, example_ids: NDArray[np.int64]) -> NDArray[np.float32] | None:
         """Scores of the R rows that are trained on; None, with a warning, where those of none of them are known.
@@ -103,14 +63,17 @@ class EarlierScores:
         return score_R
 
 
-def read_scores(given: str, output_dir: str | Path, rows: pa.Table) -> EarlierScores:
+def read_scores(
+    given: str, output_dir: str | Path, hash_N: pa.ChunkedArray, name_of: Callable[[int], str]
+) -> EarlierScores:
     """The scores of an earlier run.
 
     Args:
         given: its directory or the `weights.parquet` in it, as the setting `scores` has it.
         output_dir: of this run.
-        rows: to be trained on, see `tamis.rows.row_table`. The same as were scored, in the same order; the names of
-            their files may differ.
+        hash_N: of what each row to be trained on says, as `tamis.rows.row_table` has it. The same rows as were
+            scored, in the same order; the names of their files may differ.
+        name_of: of a row, by its place.
 
     Raises:
         ValueError: they are not, the file cannot be read, no scout has scored the rows, or this run would replace it.
@@ -118,22 +81,18 @@ def read_scores(given: str, output_dir: str | Path, rows: pa.Table) -> EarlierSc
     path, remedy = weights_path(given, "scores"), "Give the rows that were scored, in the same order, or score these"
     if path.parent.resolve() == Path(output_dir).resolve():
         raise ValueError("`scores` are in `output_dir`, which the run would replace: choose another `output_dir`")
-    score_N, first = np.full(len(rows), np.nan, np.float32), 0
+    score_N, first = np.full(len(hash_N), np.nan, np.float32), 0
     try:
         require_columns(path, _COLUMNS)
         num_scored = pq.read_metadata(path).num_rows
-        if num_scored != len(rows):
-            raise ValueError(f"{path} has {num_scored} rows, and train_dataset has {len(rows)}. {remedy}")
+        if num_scored != len(hash_N):
+            raise ValueError(f"{path} has {num_scored} rows, and train_dataset has {len(hash_N)}. {remedy}")
         for batch in weight_batches(path, _COLUMNS):
-            part = rows.slice(first, len(batch))
-            same = pc.equal(part["content_hash"], pa.chunked_array([batch["content_hash"].cast(pa.string())]))
-            is_other = ~same.to_numpy()
+            scored = pa.chunked_array([batch["content_hash"].cast(pa.string())])
+            is_other = ~pc.equal(hash_N.slice(first, len(batch)), scored).to_numpy()
             if is_other.any():
-                row = part.slice(int(is_other.argmax()), 1).to_pylist()[0]
-                place = f"train_dataset, row {row['row']}"
-                if row["source"] is not None:
-                    place = place_in_file(row["source"], row["row"])
-                raise ValueError(f"{place} is not what {path} has in its place. {remedy}")
+                name = name_of(first + int(is_other.argmax()))
+                raise ValueError(f"{name} is not what {path} has in its place. {remedy}")
             is_known = batch["p_right"].is_valid().to_numpy(zero_copy_only=False)
             score_N[first : first + len(batch)][is_known] = batch["score"].to_numpy(zero_copy_only=False)[is_known]
             first += len(batch)

@@ -32,8 +32,8 @@ def summarize_scores(output_dir: str | Path) -> list[tuple[str, str]]:
     """The same of `tamis score`."""
     folder = Path(output_dir)
     lines = [_rows_kept(folder), ("weights", str(folder / "weights.parquet"))]
-    train = f"tamis train --config {folder / 'config.yaml'} --scores {folder} --output_dir {folder}-trained"
-    return [*lines, ("look at them", _report_command(folder)), ("next", select_command(folder)), ("or", train)]
+    lines.append(("look at them", _report_command(folder)))
+    return [*lines, ("next", select_command(folder)), ("or", train_command(folder))]
 
 
 def rows_kept(is_kept: pa.ChunkedArray | pa.Array) -> tuple[str, str]:
@@ -72,6 +72,11 @@ def _next_command(folder: Path) -> str:
 def select_command(folder: Path) -> str:
     """How to get the clean rows of a run."""
     return f"tamis select {folder} --output_dir {folder}-clean"
+
+
+def train_command(folder: Path) -> str:
+    """How to train by the weights of a scoring."""
+    return f"tamis train --config {folder / 'config.yaml'} --scores {folder} --output_dir {folder}-trained"
 
 
 def _report_command(folder: Path) -> str:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,10 @@ class BilevelTrainer(RowEvaluation, ResumableTrainer, JoinedRows):
         self._train_rows, self._validation_rows = datasets["train_dataset"], datasets.get("validation_dataset")
         self._row_table = row_table(self._train_rows, hashes["train_dataset"])
         self._earlier_scores = None
-        if args.scores is not None and args.scouts(selector):
-            self._earlier_scores = read_scores(args.scores, str(args.output_dir), self._row_table)
+        if args.takes_scores(selector):
+            name_of = partial(row_name, self._train_rows, "train_dataset")
+            hash_N = self._row_table["content_hash"]
+            self._earlier_scores = read_scores(str(args.scores), str(args.output_dir), hash_N, name_of)
             self._fingerprints["scores"] = self._earlier_scores.fingerprint
         kwargs["processing_class"] = self.prompts.processing_class
         if isinstance(eval_dataset, dict):

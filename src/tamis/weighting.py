@@ -76,9 +76,9 @@ class RowWeighting:
         recorder: Recorder | None,
     ):
         self.args, self.resolved = args, resolved
-        self.model, self.accelerator, self.batches = model, accelerator, batches
+        self.accelerator, self.batches = accelerator, batches
         self.processing_class, self.recorder = processing_class, recorder
-        self.train_rows, self.train_dataset, self.validation_dataset = train_rows, train_dataset, validation_dataset
+        self.train_rows, self.validation_dataset = train_rows, validation_dataset
         self.row_weights: RowWeights = make_row_weights(
             selector or args.selector,
             len(train_rows),

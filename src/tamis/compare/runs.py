@@ -18,11 +18,11 @@ from trl import ModelConfig
 
 from tamis.compare.task import Task, learned_weights, run_dir
 from tamis.config import BilevelConfig
-from tamis.earlier_scores import weights_path
 from tamis.files import write_atomically
 from tamis.metrics import auroc
 from tamis.run import DataArguments, train
 from tamis.trainer import BilevelTrainer
+from tamis.weights_file import weights_path
 
 logger = logging.getLogger(__name__)
 

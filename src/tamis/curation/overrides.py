@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tamis.curation.choice import Mask
-from tamis.earlier_scores import weight_batches
 from tamis.readers import lines_of
 from tamis.rows import place_in_file
+from tamis.weights_file import weight_batches
 
 _KINDS = {"source": str, "row": int, "content_hash": str, "keep": bool}
 

@@ -28,11 +28,11 @@ from tamis.curation.overrides import apply_overrides, read_overrides
 from tamis.curation.refined import USES, NewResponse, read_responses
 from tamis.curation.upload import check_upload, upload
 from tamis.curation.weighed import Source, find_sources, read_weights
-from tamis.earlier_scores import weights_path
 from tamis.files import WriteError, writing
 from tamis.output_dir import claimed
 from tamis.refinements import REFINEMENTS
 from tamis.summary import rows_kept
+from tamis.weights_file import weights_path
 
 logger = logging.getLogger(__name__)
 

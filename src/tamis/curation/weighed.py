@@ -17,12 +17,12 @@ import yaml
 from datasets import Dataset
 
 from tamis.data import RowReader
-from tamis.earlier_scores import require_columns, weight_batches
 from tamis.hashes import hex_digits
 from tamis.output_dir import CONFIG_FILES, config_path
 from tamis.readers import kind_of
 from tamis.rows import check_rows, place_in_file
 from tamis.sources import Part, parts_of
+from tamis.weights_file import require_columns, weight_batches
 
 _AT_ONCE = 100_000
 _NUMBERS = ("source", "row", "weight", "p_right", "score", "kept")

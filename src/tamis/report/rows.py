@@ -9,11 +9,11 @@ from datasets import Dataset
 
 from tamis.curation.weighed import known_rows, rows_again
 from tamis.data import load_rows
-from tamis.earlier_scores import weight_batches
 from tamis.readers import read_file
 from tamis.report.run_folder import RunFolder, Values
 from tamis.rows import batches, column_values, has_column, last_answer
 from tamis.sources import Part
+from tamis.weights_file import weight_batches
 
 MAX_SHOWN = 50_000
 _MAX_LABELS = 12

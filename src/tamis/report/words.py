@@ -6,7 +6,7 @@ import numpy as np
 
 from tamis.report.run_folder import RunFolder
 from tamis.selection.calibration import FEW_RIGHT
-from tamis.summary import select_command
+from tamis.summary import select_command, train_command
 
 _FEW_VALIDATION_ROWS = 30
 _FEW_EFFECTIVE = 0.05
@@ -72,7 +72,7 @@ def _next_steps(run: RunFolder) -> list[tuple[str, str]]:
         return [(f"{config} --output_dir {run.path}-again", "trains again, after more or other trusted rows")]
     steps.append((f"{select} --overrides marks.jsonl", "the same, with the marks that you set on this page"))
     if run.num_steps == 0:
-        steps.append((f"{config} --scores {run.path} --output_dir {run.path}-trained", "trains with these weights"))
+        steps.append((train_command(run.path), "trains with these weights"))
     return steps
 
 
